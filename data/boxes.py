@@ -1,0 +1,167 @@
+"""Pictures with boxes, in flat arrays.
+
+Every 2D layout (VOC, Open Images, later COCO and csv) is parsed into a `BoxDataset`. The arrays hold no Python object a
+box or a picture: forked workers share their pages for good, because no reference count is ever written to them, so
+memory does not grow with the number of workers.
+"""
+
+from array import array
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from data.errors import DataError
+from data.images import read_image
+
+
+class Texts:
+    """Many strings in two arrays: UTF-8 bytes end to end, and where each begins."""
+
+    def __init__(self, texts):
+        encoded = [text.encode() for text in texts]
+        self.content = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.first = np.cumsum([0] + [len(text) for text in encoded], dtype=np.int64)
+
+    def __len__(self):
+        return len(self.first) - 1
+
+    def __getitem__(self, index):
+        return self.content[self.first[index] : self.first[index + 1]].tobytes().decode()
+
+
+class Records:
+    """What a parser fills, a picture and then its objects; `BoxDataset` takes it from there."""
+
+    def __init__(self):
+        self.paths, self.sizes = [], array("i")
+        self.names = {}  # class name -> provisional label, in order of appearance
+        self.image, self.boxes, self.labels, self.ignore = array("q"), array("f"), array("i"), array("b")
+
+    def add_image(self, path, size=(0, 0)):
+        """A picture with its annotated (h, w), (0, 0) if it is not told; returns its position."""
+        self.paths.append(str(path))
+        self.sizes.extend(size)
+        return len(self.paths) - 1
+
+    def add_object(self, image, box, name, ignore=False):
+        """One object of the picture at position `image`; objects may come in any order."""
+        self.image.append(image)
+        self.boxes.extend(box)
+        self.labels.append(self.names.setdefault(name, len(self.names)))
+        self.ignore.append(ignore)
+
+
+class BoxDataset(Dataset):
+    """Pictures with boxes; `dataset[i]` and `dataset[epoch, i]` meet the contract in data/__init__.py.
+
+    records    a filled `Records`
+    classes    names in label order; objects of other names are left out and counted in `unknown` (name -> objects)
+    relative   boxes are fractions of the picture (Open Images), not pixels
+    transform  (image tv_tensors.Image, target) -> (image, target), or None
+    seed       of the augmentation
+
+    Raises DataError for a picture that cannot be read or has another size than its annotation says.
+    """
+
+    def __init__(self, records, classes, relative=False, transform=None, seed=0):
+        self.classes = list(classes)
+        self.relative, self.transform, self.seed = relative, transform, seed
+        self.paths = Texts(records.paths)
+        self.sizes = np.array(records.sizes, dtype=np.int32).reshape(-1, 2)
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        label = np.array([label_of.get(name, -1) for name in records.names] or [-1], dtype=np.int32)
+        label = label[np.array(records.labels, dtype=np.int64)]
+        counts = np.bincount(np.array(records.labels, dtype=np.int64)[label < 0], minlength=len(records.names))
+        self.unknown = {name: int(count) for name, count in zip(records.names, counts) if count}
+        image = np.array(records.image, dtype=np.int64)
+        order = np.argsort(image, kind="stable")
+        order = order[label[order] >= 0]
+        self.first = np.searchsorted(image[order], np.arange(len(self.paths) + 1))
+        self.boxes = np.array(records.boxes, dtype=np.float32).reshape(-1, 4)[order]
+        self.labels = label[order]
+        self.ignore = np.array(records.ignore, dtype=bool)[order]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def annotation(self, index, size=(1, 1)):
+        """The target of picture `index` in file pixels, without reading the file.
+
+        Relative corners are multiplied by `size` (h, w); layouts in pixels do not need it.
+        """
+        rows = slice(self.first[index], self.first[index + 1])
+        boxes = torch.tensor(self.boxes[rows])
+        if self.relative:
+            height, width = size
+            boxes = boxes * boxes.new_tensor([width, height, width, height])
+        return {
+            "boxes": boxes,
+            "labels": torch.tensor(self.labels[rows], dtype=torch.int64),
+            "ignore": torch.tensor(self.ignore[rows]),
+            "image_id": int(index),
+            "size": tuple(size) if self.relative else tuple(int(v) for v in self.sizes[index]),
+        }
+
+    def load(self, index):
+        """Picture `index` and its target before any transform."""
+        path = self.paths[index]
+        image = read_image(path)
+        size = tuple(image.shape[-2:])
+        told = tuple(int(v) for v in self.sizes[index])
+        if all(told) and told != size:
+            why = "; it is turned by its EXIF orientation and the boxes are not" if told == size[::-1] else ""
+            raise DataError(path, "", f"the annotation says {told[1]} x {told[0]}, the file {size[1]} x {size[0]}{why}")
+        target = self.annotation(index, size)
+        target["size"] = size
+        target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
+        return tv_tensors.Image(image), target
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image, target = self.load(index)
+        if self.transform is None:
+            return image, target
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sample_seed(self.seed, epoch, index))
+            return self.transform(image, target)
+
+    def without(self, indices):
+        """This data set less the pictures in `indices`."""
+        left = np.setdiff1d(np.arange(len(self)), list(indices))
+        records = Records()
+        for index in left:
+            position = records.add_image(self.paths[index], self.sizes[index])
+            for row in range(self.first[index], self.first[index + 1]):
+                records.add_object(position, self.boxes[row], self.classes[self.labels[row]], self.ignore[row])
+        return BoxDataset(records, self.classes, self.relative, self.transform, self.seed)
+
+    def class_counts(self):
+        """Objects of each class that count, int64 [K]."""
+        return np.bincount(self.labels[~self.ignore], minlength=len(self.classes))
+
+    def balance_weights(self):
+        """float64 [N] to draw pictures with, so that classes come up about equally often: the weight of a picture is
+        that of its rarest class, one over the number of pictures with the class; a picture without objects weighs what
+        the median picture does."""
+        picture = np.repeat(np.arange(len(self)), np.diff(self.first))
+        pairs = np.unique(np.stack([picture, self.labels], axis=1)[~self.ignore], axis=0)
+        pictures_with = np.bincount(pairs[:, 1], minlength=len(self.classes))
+        weights = np.zeros(len(self))
+        np.maximum.at(weights, pairs[:, 0], 1 / pictures_with[pairs[:, 1]])
+        weights[weights == 0] = np.median(weights[weights > 0]) if len(pairs) else 1
+        return weights / weights.sum()
+
+    def summary(self):
+        """Two lines for the console: pictures, objects and background; objects of each class."""
+        empty = int((np.diff(self.first) == 0).sum())
+        share = 100 * empty / max(1, len(self))
+        counts = ", ".join(f"{name} {count}" for name, count in zip(self.classes, self.class_counts()))
+        ignored = f" ({int(self.ignore.sum())} to ignore)" if self.ignore.any() else ""
+        return f"images {len(self)}, background {empty} ({share:.0f} %), boxes {len(self.labels)}{ignored}\n  {counts}"
+
+
+def sample_seed(seed, epoch, index):
+    """One well mixed 64-bit seed of three small numbers, the same on every machine."""
+    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0])

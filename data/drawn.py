@@ -1,0 +1,214 @@
+"""Small data sets drawn at run time, written to disk in the layouts of the real ones: for the demo and the tests.
+
+    python -m data.drawn voc OUT --images 200 --seed 0
+    python -m data.drawn openimages OUT --images 200 --seed 0 --size 300x300
+
+The pictures are those of `data.scenes`; the same arguments give the same bytes with the same versions of Pillow and
+numpy. OUT must be new, empty, or drawn before with the same arguments: a whole set is kept as it is and costs no time,
+one that was cut off is drawn again.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from data.errors import DataError
+from data.scenes import CLASSES, VERSION, draw_scene
+
+MARK = "drawn.json"  # in OUT: the arguments, and whether the set is whole
+FEWEST = 3  # pictures: one each for train, val and test
+SMALLEST_SIDE = 64  # pixels: below that the smallest objects are a few pixels wide
+OPEN_IMAGES_COLUMNS = (
+    "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
+    "IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside,id,ClassName"
+)
+
+
+# ---- layouts: each is (out folder, scenes as (index, Scene) pairs, indices of each part) -> files ----
+
+
+def splits(images):
+    """{"train": indices, "val": ..., "test": ...}: 70, 15 and 15 % of the pictures, at least one each."""
+    part = max(1, round(0.15 * images))
+    return {
+        "train": range(images - 2 * part),
+        "val": range(images - 2 * part, images - part),
+        "test": range(images - part, images),
+    }
+
+
+def save_jpeg(path, image):
+    Image.fromarray(image).save(path, quality=90)
+
+
+def voc_xml(name, scene):
+    """VOC annotation: corners count from 1 and the last pixel belongs to the box. A crowd is written as difficult:
+    VOC has no other word for a box to ignore."""
+    height, width = scene.image.shape[:2]
+    lines = ["<annotation>", "\t<folder>JPEGImages</folder>", f"\t<filename>{name}</filename>"]
+    lines += ["\t<size>", f"\t\t<width>{width}</width>", f"\t\t<height>{height}</height>", "\t\t<depth>3</depth>"]
+    lines += ["\t</size>", "\t<segmented>0</segmented>"]
+    ignored = scene.difficult | scene.crowd
+    for label, (x1, y1, x2, y2), cut, difficult in zip(
+        scene.labels, scene.boxes, scene.truncated, ignored, strict=True
+    ):
+        lines += ["\t<object>", f"\t\t<name>{CLASSES[label]}</name>", "\t\t<pose>Unspecified</pose>"]
+        lines += [f"\t\t<truncated>{int(cut)}</truncated>", f"\t\t<difficult>{int(difficult)}</difficult>"]
+        corners = {"xmin": x1 + 1, "ymin": y1 + 1, "xmax": x2, "ymax": y2}
+        lines += ["\t\t<bndbox>", *(f"\t\t\t<{key}>{value}</{key}>" for key, value in corners.items()), "\t\t</bndbox>"]
+        lines += ["\t</object>"]
+    return "\n".join([*lines, "</annotation>", ""])
+
+
+def write_voc(out, scenes, parts):
+    """JPEGImages, Annotations, ImageSets/Main/{train,val,trainval,test}.txt and labels.txt under out."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for index, scene in scenes:
+        save_jpeg(out / "JPEGImages" / f"{index:06d}.jpg", scene.image)
+        (out / "Annotations" / f"{index:06d}.xml").write_text(voc_xml(f"{index:06d}.jpg", scene))
+    lists = {**parts, "trainval": [*parts["train"], *parts["val"]]}
+    for name, indices in lists.items():
+        (out / "ImageSets/Main" / f"{name}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
+    (out / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+
+
+def write_open_images(out, scenes, parts):
+    """{train,validation,test}/ID.jpg and sub-{train,validation,test}-annotations-bbox.csv under out. A picture without
+    objects has no row, as in Open Images. A mostly hidden object is IsOccluded, a crowd IsGroupOf."""
+    names = {"train": "train", "val": "validation", "test": "test"}
+    split_of = {index: names[part] for part, indices in parts.items() for index in indices}
+    rows = {split: [] for split in names.values()}
+    for split in rows:
+        (out / split).mkdir(parents=True, exist_ok=True)
+    for index, scene in scenes:
+        split, name = split_of[index], f"{index:016x}"
+        save_jpeg(out / split / f"{name}.jpg", scene.image)
+        rows[split] += open_images_rows(name, scene)
+    for split, lines in rows.items():
+        with open(out / f"sub-{split}-annotations-bbox.csv", "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([OPEN_IMAGES_COLUMNS.split(","), *lines])
+
+
+def open_images_rows(name, scene):
+    """One row an object, in the columns of OPEN_IMAGES_COLUMNS; corners relative to the picture, 0 to 1."""
+    height, width = scene.image.shape[:2]
+    rows = []
+    for i, label in enumerate(scene.labels.tolist()):
+        x1, y1, x2, y2 = scene.boxes[i].tolist()
+        corners = [f"{value:.6f}" for value in (x1 / width, x2 / width, y1 / height, y2 / height)]
+        facts = [int(scene.difficult[i]), int(scene.truncated[i]), int(scene.crowd[i]), 0, 0]
+        code = f"/m/0drawn{label}"
+        rows.append([name, "drawn", code, 1, *corners, *facts, code, CLASSES[label]])
+    return rows
+
+
+# ---- drawing a set ----
+
+
+def draw(write, out, images, seed, size):
+    """Draw `images` scenes into the folder `out` through the layout function `write`; returns `out` as a Path.
+
+    size: (width, height) of every picture, or None for about 320 x 240. Raises DataError where images, size or seed is
+    too small, and where `out` cannot be written or holds anything but the same set.
+    """
+    out = Path(out)
+    if images < FEWEST:
+        raise DataError(out, f"{images} images", f"too few for train, val and test: draw {FEWEST} or more")
+    if size is not None and min(size) < SMALLEST_SIDE:
+        raise DataError(out, f"size {size[0]}x{size[1]}", f"each side must be {SMALLEST_SIDE} pixels or more")
+    if seed < 0:
+        raise DataError(out, f"seed {seed}", "must be 0 or more")
+    wanted = {"layout": write.__name__.removeprefix("write_"), "images": images, "seed": seed}
+    wanted |= {"size": list(size) if size else None, "version": VERSION}
+    if is_whole(out, wanted):
+        return out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_mark(out, {**wanted, "whole": False})
+    except OSError as error:
+        raise DataError(out, "output folder", f"cannot be written: {error.strerror}") from error
+    write(out, ((index, draw_scene(seed, index, size)) for index in range(images)), splits(images))
+    write_mark(out, {**wanted, "whole": True})
+    return out
+
+
+def is_whole(out, wanted):
+    """True where `out` holds the whole wanted set, False where there is nothing yet or a part of it, else DataError."""
+    if out.exists() and not out.is_dir():
+        raise DataError(out, "output folder", "is a file: choose another folder")
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    mark = out / MARK
+    if not mark.is_file():
+        raise DataError(out, "output folder", f"holds files but no {MARK}: choose a new or empty folder")
+    try:
+        found = json.loads(mark.read_text())
+        whole = found.pop("whole")
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise DataError(mark, "whole file", "was not written by data.drawn: choose a new or empty folder") from error
+    different = [f"{key} {found.get(key)}, not {value}" for key, value in wanted.items() if found.get(key) != value]
+    if different:
+        raise DataError(mark, "arguments", f"the set here was drawn with {'; '.join(different)}: choose another folder")
+    return whole and sum(1 for _ in out.rglob("*.jpg")) == wanted["images"]
+
+
+def write_mark(out, values):
+    """drawn.json, replaced in one step: a cut-off leaves the old one or the new one."""
+    temporary = out / f"{MARK}.tmp"
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(temporary, out / MARK)
+
+
+def draw_voc(out, images=200, seed=0, size=None):
+    """A Pascal VOC folder; see `draw` for arguments and errors."""
+    return draw(write_voc, out, images, seed, size)
+
+
+def draw_open_images(out, images=200, seed=0, size=None):
+    """An Open Images folder in jetson-inference's layout; see `draw` for arguments and errors."""
+    return draw(write_open_images, out, images, seed, size)
+
+
+LAYOUTS = {"voc": draw_voc, "openimages": draw_open_images}
+
+
+def parse_size(text):
+    """'320x240' -> (320, 240)."""
+    width, by, height = text.lower().partition("x")
+    if not (by and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, for example 320x240")
+    return int(width), int(height)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m data.drawn", description="Draw a small data set.")
+    parser.add_argument("layout", choices=sorted(LAYOUTS))
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="new or empty folder, or one drawn with the same arguments"
+    )
+    parser.add_argument("--images", type=int, default=200, help="pictures in all: 70, 15, 15 %% train, val, test")
+    parser.add_argument(
+        "--size", type=parse_size, help="WIDTHxHEIGHT of every picture (default: about 320x240, varied)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pictures")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    LAYOUTS[args.layout](args.out, images=args.images, seed=args.seed, size=args.size)
+    print(f"{args.out}: {args.images} pictures, classes {' '.join(CLASSES)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,72 @@
+"""From a data set to batches: which pictures a step sees, and how they become one tensor."""
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler, Subset
+
+
+class StepSampler(Sampler):
+    """Batches of (epoch, index) for steps `first_step` to `steps`, for process `rank` of `world`.
+
+    The order is one stream: every epoch a new permutation of all pictures, end to end, cut into batches. No picture is
+    lost or shown twice at an epoch's end, no batch is short, and a batch may span two epochs. Batch size is the total;
+    process r takes every world-th picture of it. What a step sees depends on (seed, step) alone, so a resumed run
+    goes on at the very next picture.
+
+    count        pictures in the data set
+    batch_size   pictures a step over all processes; a multiple of `world`
+    weights      float64 [count], the chance of each picture: an epoch is then `count` draws with replacement
+    """
+
+    def __init__(self, count, batch_size, steps, seed, first_step=0, rank=0, world=1, weights=None):
+        self.count, self.batch_size, self.steps, self.seed = count, batch_size, steps, seed
+        self.first_step, self.rank, self.world, self.weights = first_step, rank, world, weights
+
+    def __len__(self):
+        return self.steps - self.first_step
+
+    def order(self, epoch):
+        """int64 [count], the pictures of `epoch` (from 0) in their order."""
+        random = np.random.default_rng([self.seed, epoch])
+        if self.weights is None:
+            return random.permutation(self.count)
+        return random.choice(self.count, size=self.count, p=self.weights)
+
+    def __iter__(self):
+        epoch, order = -1, None
+        for step in range(self.first_step, self.steps):
+            batch = []
+            for position in range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world):
+                if position // self.count != epoch:
+                    epoch = position // self.count
+                    order = self.order(epoch)
+                batch.append((epoch, int(order[position % self.count])))
+            yield batch
+
+
+def steps_in(epochs, count, batch_size):
+    """Steps after which `epochs` epochs of `count` pictures have been seen."""
+    return -(-epochs * count // batch_size)
+
+
+def epoch_ended(step, count, batch_size):
+    """How many epochs are complete after `step`, if `step` completed one, else 0."""
+    epochs = step * batch_size // count
+    return epochs if epochs > (step - 1) * batch_size // count else 0
+
+
+def collate(samples):
+    """[(image uint8 [3,H,W], target)] of one size -> (uint8 [B,3,H,W], list of targets)."""
+    images, targets = zip(*samples)
+    return torch.stack([image.as_subclass(torch.Tensor) for image in images]), list(targets)
+
+
+def train_loader(dataset, sampler, workers, pin_memory=False):
+    """Batches for the steps of `sampler`, in order, whatever the number of worker processes."""
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, pin_memory=pin_memory)
+
+
+def evaluation_loader(dataset, batch_size, workers, rank=0, world=1, pin_memory=False):
+    """This process's share of the pictures, each once."""
+    share = Subset(dataset, range(rank, len(dataset), world))
+    return DataLoader(share, batch_size, num_workers=workers, collate_fn=collate, pin_memory=pin_memory)

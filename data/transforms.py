@@ -1,0 +1,154 @@
+"""Paired transforms: what torchvision.transforms.v2 lacks, and the recipes made of it.
+
+Geometry comes before colour: colour on the 300 x 300 that the network sees costs a quarter of colour on the photo. All
+randomness is torch's, which the data set seeds for each sample. Everything here can be pickled, for spawned workers.
+"""
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from data import PER_OBJECT
+from ops.boxes import pairwise_iou
+
+
+def keep_objects(target, keep):
+    """`target` with the objects that `keep` (bool [M]) names, every per-object field alike."""
+    return {name: value[keep] if name in PER_OBJECT else value for name, value in target.items()}
+
+
+class ZoomOrCrop:
+    """SSD's geometry (Liu et al. 2016, section 2.2): zoom out, then an IoU crop, then one resize to the network's size.
+
+    size         (h, w) of the result
+    zoom_out     probability of zooming out; the canvas around the picture is `fill` (R, G, B)
+    most         largest side of the canvas in sides of the picture
+    iou_crop     probability of trying an IoU crop at all
+    fill         colour of the canvas, 0..255
+
+    The same distribution as v2.RandomZoomOut and v2.RandomIoUCrop one after the other, at a tenth of their time: they
+    build the canvas, up to 16 times the photo, only to shrink it again, and try one crop at a time. Objects whose centre
+    falls outside or that come out thinner than a pixel are left out.
+    """
+
+    def __init__(self, size, zoom_out=0.5, most=4.0, iou_crop=1.0, fill=(127, 127, 127)):
+        self.size, self.zoom_out, self.iou_crop = tuple(size), zoom_out, iou_crop
+        self.fill = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1)
+        self.most = most
+
+    def __call__(self, image, target):
+        height, width = image.shape[-2:]
+        boxes = target["boxes"].as_subclass(torch.Tensor)
+        region = (0, 0, height, width)  # top, left, height, width of what is kept, in pixels of the picture
+        if torch.rand(()) < self.zoom_out:
+            region = self.canvas(height, width)
+        if len(boxes) and torch.rand(()) < self.iou_crop:
+            region = iou_crop(boxes, region)
+        target["boxes"] = self.move(boxes, region)
+        sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
+        target = keep_objects(target, (sides >= 1).all(1) & centers_inside(boxes, region))
+        target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=self.size)
+        return self.resample(image, region), target
+
+    def canvas(self, height, width):
+        """A canvas of 1 to `most` times the picture's sides, the picture anywhere on it."""
+        ratio, down, right = torch.rand(3).tolist()
+        ratio = 1 + ratio * (self.most - 1)
+        canvas_height, canvas_width = int(height * ratio), int(width * ratio)
+        return -int(down * (canvas_height - height)), -int(right * (canvas_width - width)), canvas_height, canvas_width
+
+    def move(self, boxes, region):
+        """Boxes [M,4] of the picture as boxes of the result, clipped to it."""
+        top, left, height, width = region
+        scale = boxes.new_tensor([self.size[1] / width, self.size[0] / height]).repeat(2)
+        moved = (boxes - boxes.new_tensor([left, top]).repeat(2)) * scale
+        return moved.clamp(min=0).minimum(moved.new_tensor([self.size[1], self.size[0]]).repeat(2))
+
+    def resample(self, image, region):
+        """The region of the picture as uint8 [3,h,w]; what lies outside the picture is `fill`."""
+        top, left, height, width = region
+        inside_top, inside_left = max(0, top), max(0, left)
+        inside_bottom = min(image.shape[-2], top + height)
+        inside_right = min(image.shape[-1], left + width)
+        rows = [round((y - top) * self.size[0] / height) for y in (inside_top, inside_bottom)]
+        columns = [round((x - left) * self.size[1] / width) for x in (inside_left, inside_right)]
+        inside = image.as_subclass(torch.Tensor)[:, inside_top:inside_bottom, inside_left:inside_right]
+        shown = (max(1, rows[1] - rows[0]), max(1, columns[1] - columns[0]))
+        inside = F.resize_image(inside, list(shown), antialias=True)
+        if shown == self.size:
+            return tv_tensors.Image(inside)
+        result = self.fill.expand(3, *self.size).clone()
+        rows[0], columns[0] = min(rows[0], self.size[0] - shown[0]), min(columns[0], self.size[1] - shown[1])
+        result[:, rows[0] : rows[0] + shown[0], columns[0] : columns[0] + shown[1]] = inside
+        return tv_tensors.Image(result)
+
+
+def centers_inside(boxes, region):
+    """bool [..., M]: does the centre of boxes [M,4] lie in region(s) (top, left, height, width), numbers or [..., 1]?"""
+    top, left, height, width = region
+    x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
+    return (x > left) & (x < left + width) & (y > top) & (y < top + height)
+
+
+def iou_crop(boxes, region, trials=40, smallest=0.3):
+    """A crop of `region` that keeps an object, as SSD and v2.RandomIoUCrop draw it.
+
+    boxes [M,4] xyxy, M > 0; region (top, left, height, width). A least IoU is drawn from 0 0.1 0.3 0.5 0.7 0.9 or "no crop";
+    of `trials` crops with sides of 0.3 to 1 of the region and an aspect ratio of 0.5 to 2, all drawn at once, the first is
+    taken that holds the centre of an object and reaches that IoU with one such object; if none does, another IoU is drawn.
+    """
+    top, left, height, width = region
+    while True:
+        least = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, None)[int(torch.randint(7, ()))]
+        if least is None:
+            return region
+        draws = torch.rand(4, trials, 1)
+        sides = smallest + (1 - smallest) * draws[:2]
+        crop_height, crop_width = (sides[0] * height).floor(), (sides[1] * width).floor()  # [trials,1]
+        crop_top = top + (draws[2] * (height - crop_height)).floor()
+        crop_left = left + (draws[3] * (width - crop_width)).floor()
+        inside = centers_inside(boxes, (crop_top, crop_left, crop_height, crop_width))  # [trials,M]
+        crops = torch.cat([crop_left, crop_top, crop_left + crop_width, crop_top + crop_height], dim=1)
+        overlap = pairwise_iou(crops, boxes).masked_fill(~inside, -1).amax(1)
+        aspect = (crop_width / crop_height)[:, 0]
+        good = (overlap >= least) & (aspect > 0.5) & (aspect < 2)
+        if good.any():
+            x1, y1, x2, y2 = (int(v) for v in crops[int(good.int().argmax())])
+            return y1, x1, y2 - y1, x2 - x1
+
+
+class PhotometricDistort:
+    """SSD's colour changes by v2.RandomPhotometricDistort, run on a Pillow image: half the time of its tensor kernels."""
+
+    def __init__(self, p=0.5):
+        self.distort = v2.RandomPhotometricDistort(p=p)
+
+    def __call__(self, image, target):
+        return tv_tensors.Image(F.pil_to_tensor(self.distort(F.to_pil_image(image)))), target
+
+
+class Chain:
+    """Transforms of (image, target) one after the other."""
+
+    def __init__(self, *transforms):
+        self.transforms = transforms
+
+    def __call__(self, image, target):
+        for transform in self.transforms:
+            image, target = transform(image, dict(target))
+        return image, target
+
+
+def ssd_train(size, fill, zoom_out=0.5, iou_crop=1.0, colour=0.5):
+    """SSD's training augmentation to (h, w); `fill` is the mean colour; the rest are probabilities."""
+    return Chain(
+        ZoomOrCrop(size, zoom_out=zoom_out, iou_crop=iou_crop, fill=tuple(round(v) for v in fill)),
+        v2.RandomHorizontalFlip(0.5),
+        PhotometricDistort(colour),
+    )
+
+
+def ssd_evaluate(size):
+    """Resize to (h, w), nothing else."""
+    return v2.Resize(size, antialias=True)

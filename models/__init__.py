@@ -1,0 +1,54 @@
+"""Networks by name: a network maps a batch of images to raw outputs and knows no target.
+
+Every network has `name`, `num_classes`, `arguments` (`build(name, num_classes, **arguments)` makes it again),
+`image_mean` and `image_std` (three numbers each, on the 0..255 RGB scale).
+"""
+
+import inspect
+
+from models import published, ssd
+from models.errors import WeightsError
+
+__all__ = ["ARCHITECTURES", "WeightsError", "build", "load", "published"]
+
+ARCHITECTURES = {**ssd.NETWORKS}  # name -> function of num_classes and the network's own arguments
+FORMAT_VERSION = 1
+
+
+def build(name, num_classes, **arguments):
+    """A network with fresh weights for `num_classes` classes, background not counted.
+
+    arguments: `box_sizes` (a (min, max) in pixels at 300 x 300 for each map, scaled with the image; None: as
+    published), `width_mult` (mb2-ssd-lite). Raises WeightsError on an unknown name or argument.
+    """
+    if name not in ARCHITECTURES:
+        raise WeightsError(f"unknown network {name!r}; known are {', '.join(ARCHITECTURES)}")
+    known = list(inspect.signature(ARCHITECTURES[name]).parameters)[1:]
+    for argument in arguments:
+        if argument not in known:
+            raise WeightsError(f"{name} takes no {argument!r}; it takes {', '.join(known)}")
+    return ARCHITECTURES[name](num_classes, **arguments)
+
+
+def load(path):
+    """The network of a checkpoint of ours, or of a published file, in evaluation mode on the CPU; no flag needed.
+
+    Averaged weights are used where the checkpoint has them. The network gets `classes` (names in label order; None for
+    a published file of unknown names) and `image_size` (height, width). Raises WeightsError.
+    """
+    saved = published.read(path)
+    if "architecture" not in saved:
+        return published.load(saved, source=path)
+    missing = [key for key in ("format_version", "arguments", "num_classes", "classes", "model") if key not in saved]
+    if missing:
+        raise WeightsError(f"{path}: not a whole checkpoint, it lacks {', '.join(missing)}; use another copy")
+    if saved["format_version"] > FORMAT_VERSION:
+        raise WeightsError(f"{path}: format version {saved['format_version']} is newer than this program; update it")
+    net = build(saved["architecture"], saved["num_classes"], **saved["arguments"])
+    if saved.get("ema"):
+        print(f"{path}: using the averaged weights")
+    published.load_strictly(net, published.trained_weights(saved), path)
+    net.classes = list(saved["classes"])
+    size = saved.get("image_size", 300)
+    net.image_size = (size, size) if isinstance(size, int) else tuple(size)
+    return net.eval()

@@ -1,0 +1,110 @@
+"""Run a trained detector on pictures: drawn pictures and a JSON of detections come out.
+
+    python predict.py runs/drone/best.pt photos/ holiday.jpg
+    python predict.py runs/drone/best.pt photos/ --out found --threshold 0.5
+
+The checkpoint brings the network, its classes and its input size. Every picture is written to OUT with its boxes, and
+OUT/detections.json holds a list of {"file", "boxes" (xyxy, pixels of the file), "labels" (names), "scores"}.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+import models
+from data import DataError
+from data.images import SUFFIXES, read_image
+from models import WeightsError
+from ops.boxes import decode
+from ops.images import normalize
+from ops.suppress import detections
+from training import devices, flags, pictures
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(prog="predict.py", description=__doc__, formatter_class=flags.HelpFormatter)
+    arg = parser.add_argument
+    arg("checkpoint", help="best.pt or last.pt of a run, or a published SSD file")
+    arg("pictures", nargs="+", help="files or folders")
+    arg("--out", default="predictions", help="folder for what comes out")
+    arg("--threshold", type=float, default=0.4, help="least score, 0 to 1")
+    arg("--batch-size", type=flags.number(int, 1), default=8, help="pictures at a time")
+    arg("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    arg("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the network")
+    return flags.parse(parser, argv)
+
+
+def find_pictures(names):
+    """Files as they are, folders as the pictures directly in them, in order of name. Raises DataError."""
+    found = []
+    for path in map(Path, names):
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise DataError(path, "", f"no picture in it ({' '.join(SUFFIXES)})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError(path, "", "no such file or folder")
+    return found
+
+
+@torch.no_grad()
+def detect(net, images, run, threshold):
+    """Detections for images (each uint8 [3,H,W], any size), one dict each, boxes in pixels of that image."""
+    size = tuple(net.image_size)
+    batch = torch.stack([F.resize_image(image, list(size), antialias=True) for image in images]).to(run.device)
+    with run.autocast():
+        outputs = net(normalize(batch, net.image_mean, net.image_std))
+    scores = outputs["logits"].float().softmax(-1)[..., 1:]
+    boxes = decode(outputs["offsets"], net.anchors(size), net.box_weights)
+    found = detections(scores, boxes, size, score_threshold=threshold)
+    for image, one in zip(images, found):
+        scale = [image.shape[-1] / size[1], image.shape[-2] / size[0]] * 2
+        one["boxes"] = one["boxes"] * one["boxes"].new_tensor(scale)
+    return [{name: value.cpu() for name, value in one.items()} for one in found]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = devices.setup(args.device, "", args.precision)
+    net = models.load(args.checkpoint).to(run.device, memory_format=torch.channels_last)
+    names = net.classes or [f"class {label}" for label in range(net.num_classes)]
+    files, out = find_pictures(args.pictures), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results, seconds = [], 0.0
+    for first in tqdm(range(0, len(files), args.batch_size), unit="batch", disable=None):
+        part = files[first : first + args.batch_size]
+        images = [read_image(file) for file in part]
+        begun = time.perf_counter()
+        found = detect(net, images, run, args.threshold)
+        seconds += time.perf_counter() - begun
+        for file, image, one in zip(part, images, found):
+            labels = [names[label] for label in one["labels"].tolist()]
+            drawn = pictures.draw(image, one["boxes"], one["labels"], names, one["scores"])
+            F.to_pil_image(drawn).save(out / f"{file.stem}.jpg", quality=92)
+            results.append(
+                {
+                    "file": str(file),
+                    "boxes": [[round(v, 2) for v in box] for box in one["boxes"].tolist()],
+                    "labels": labels,
+                    "scores": [round(v, 4) for v in one["scores"].tolist()],
+                }
+            )
+    (out / "detections.json").write_text(json.dumps(results, indent=1) + "\n")
+    boxes = sum(len(result["labels"]) for result in results)
+    print(
+        f"{len(files)} pictures, {boxes} boxes with a score above {args.threshold}; {len(files) / seconds:.1f} pictures a second"
+    )
+    print(f"drawn pictures and detections.json are in {out}")
+    return results
+
+
+if __name__ == "__main__":
+    flags.run(main, DataError, WeightsError)

@@ -1,0 +1,218 @@
+"""train_ssd.py and predict.py as a person runs them, on drawn data small enough for seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import models
+import predict
+import train_ssd
+from data import DataError
+from training import checkpoints, flags, log
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--dataset-type", "voc", "--pretrained-ssd", "none", "--resolution", "96", "--batch-size", "4"]
+SMALL += ["--workers", "0", "--device", "cpu", "--precision", "fp32", "--lr", "0.001", "--log-level", "warning"]
+
+
+def train(data, out, *more):
+    return train_ssd.main([*SMALL, "--data", str(data), "--model-dir", str(out), *map(str, more)])
+
+
+def launch(data, out, *more, processes=0):
+    """The script in a process of its own, or in several under torchrun."""
+    start = [sys.executable]
+    if processes:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*start, "train_ssd.py", *SMALL, "--data", str(data), "--model-dir", str(out), *map(str, more)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def tensors(folder):
+    return checkpoints.read(Path(folder) / "last.pt")["model"]
+
+
+def test_trains_evaluates_and_leaves_a_whole_run(drawn_voc, tmp_path):
+    metrics = train(drawn_voc, tmp_path, "--max-steps", 3, "--validation-mean-ap", "--debug-steps", 1, "--ema", 0.9)
+    assert 0 <= metrics["mAP"] <= 1
+    assert metrics["loss"] == pytest.approx(metrics["regression_loss"] + metrics["classification_loss"])
+    for name in ("last.pt", "best.pt", "flags.json", "versions.json", "metrics.jsonl", "labels.txt"):
+        assert (tmp_path / name).is_file(), name
+    events = EventAccumulator(str(tmp_path)).Reload().Tags()
+    wanted = {"Loss/train", "Loss/val", "Regression Loss/train", "Regression Loss/val", "Classification Loss/train"}
+    wanted |= {"Classification Loss/val", "Mean Average Precision/val", "lr", "speed/images_per_second"}
+    assert wanted <= set(events["scalars"])
+    assert any(tag.startswith("Class Average Precision/") for tag in events["scalars"])
+    assert any(tag.startswith("Truth left") for tag in events["images"])
+    net = models.load(tmp_path / "best.pt")
+    assert (net.name, net.num_classes, tuple(net.image_size)) == ("mb1-ssd", len(net.classes), (96, 96))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact(drawn_voc, tmp_path, workers):
+    more = ["--workers", workers, "--save-every-steps", 4, "--ema", 0.9, "--validation-epochs", 9]
+    train(drawn_voc, tmp_path / "whole", *more, "--max-steps", 7)
+    train(drawn_voc, tmp_path / "cut", *more, "--max-steps", 7, "--resume", tmp_path / "whole" / "step_000004.pt")
+    whole, cut = (checkpoints.read(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 7
+    assert checkpoints.fingerprint(whole) == checkpoints.fingerprint(cut)
+    torch.testing.assert_close(whole["ema"], cut["ema"], rtol=0, atol=0)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(drawn_voc, tmp_path):
+    more = ["--save-every-steps", 3, "--max-steps", 6, "--validation-epochs", 9]
+    train(drawn_voc, tmp_path / "whole", *more)
+    process = launch(drawn_voc, tmp_path / "killed", *more)
+    while not (tmp_path / "killed" / "step_000003.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    train(drawn_voc, tmp_path / "killed", *more, "--resume", "auto")
+    whole, killed = (checkpoints.read(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    assert checkpoints.fingerprint(whole) == checkpoints.fingerprint(killed)
+
+
+def test_sigterm_finishes_the_step_and_saves(drawn_voc, tmp_path):
+    process = launch(drawn_voc, tmp_path, "--epochs", 1000, "--validation-epochs", 1000, "--debug-steps", 1)
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    saved = checkpoints.read(tmp_path / "last.pt")
+    assert saved["step"] == json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+
+
+def test_two_processes_equal_one(drawn_voc, tmp_path):
+    """Most pictures lose their boxes, so that one process's share often holds none."""
+    data = tmp_path / "data"
+    subprocess.run(["cp", "-r", str(drawn_voc), str(data)], check=True)
+    for path in sorted((data / "Annotations").glob("*.xml"))[::2] + sorted((data / "Annotations").glob("*.xml"))[1::4]:
+        head, *_ = path.read_text().split("\t<object>")
+        path.write_text(head.replace("</annotation>", "") + "</annotation>\n")
+    more = [
+        "--freeze-bn",
+        "--batch-size",
+        2,
+        "--max-steps",
+        3,
+        "--validation-mean-ap",
+        "--lr",
+        2e-4,
+        "--base-net-lr",
+        2e-4,
+    ]
+    train(data, tmp_path / "one", *more)
+    process = launch(data, tmp_path / "two", *more, processes=2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    torch.testing.assert_close(tensors(tmp_path / "two"), tensors(tmp_path / "one"), rtol=1e-5, atol=1e-5)
+    last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")]
+    assert last[0].keys() == last[1].keys()
+    for tag in last[0]:
+        assert last[1][tag] == pytest.approx(last[0][tag], rel=1e-4, abs=1e-6), tag
+
+
+def test_accumulation_equals_the_whole_batch(drawn_voc, tmp_path):
+    train(drawn_voc, tmp_path / "whole", "--max-steps", 2, "--freeze-bn")
+    train(drawn_voc, tmp_path / "pieces", "--max-steps", 2, "--freeze-bn", "--accumulate", 4)
+    torch.testing.assert_close(tensors(tmp_path / "pieces"), tensors(tmp_path / "whole"), rtol=1e-5, atol=1e-5)
+
+
+def test_freezing_keeps_weights_and_statistics(drawn_voc, tmp_path):
+    more = ["--save-every-steps", 1, "--max-steps", 2, "--lr", 0.1, "--base-net-lr", 0.1, "--freeze-net"]
+    train(drawn_voc, tmp_path, *more)
+    first, last = checkpoints.read(tmp_path / "step_000001.pt")["model"], tensors(tmp_path)
+    changed = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
+    assert changed == {"classification_headers", "regression_headers"}
+
+
+def test_eval_only_writes_tables(drawn_voc, tmp_path):
+    train(drawn_voc, tmp_path, "--max-steps", 1)
+    before = (tmp_path / "last.pt").read_bytes()
+    metrics = train(drawn_voc, tmp_path, "--resume", "auto", "--eval-only")
+    assert 0 <= metrics["mAP"] <= 1
+    assert (tmp_path / "per_class.csv").is_file()
+    assert (tmp_path / "confusion.csv").is_file()
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_folder_with_a_run_is_refused(drawn_voc, tmp_path):
+    train(drawn_voc, tmp_path, "--max-steps", 1)
+    with pytest.raises(flags.UsageError, match="--resume auto"):
+        train(drawn_voc, tmp_path, "--max-steps", 1)
+    train(drawn_voc, tmp_path, "--max-steps", 1, "--overwrite")
+
+
+def test_reordered_classes_are_refused_or_remapped(drawn_voc, tmp_path):
+    data = tmp_path / "data"
+    subprocess.run(["cp", "-r", str(drawn_voc), str(data)], check=True)
+    train(data, tmp_path / "run", "--max-steps", 1)
+    kept = train(data, tmp_path / "run", "--resume", "auto", "--eval-only")
+    names = (data / "labels.txt").read_text().split()
+    (data / "labels.txt").write_text("\n".join(reversed(names)) + "\n")
+    with pytest.raises(DataError, match="--remap-by-name"):
+        train(data, tmp_path / "run", "--resume", "auto", "--eval-only")
+    assert train(data, tmp_path / "run", "--resume", "auto", "--eval-only", "--remap-by-name") == kept
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(drawn_voc, tmp_path):
+    more = ["--lr", 1e30, "--base-net-lr", 1e30, "--save-every-steps", 1, "--max-steps", 8, "--warmup-steps", 0]
+    with pytest.raises(log.NonFinite):
+        train(drawn_voc, tmp_path, *more)
+    report = json.loads((tmp_path / "nan_report.json").read_text())
+    assert {"step", "images", "losses", "lr"} <= set(report)
+    assert len(report["images"]) == 4
+    assert checkpoints.read(tmp_path / "last.pt")["step"] < report["step"]
+
+
+def test_check_data(drawn_voc, tmp_path):
+    data = tmp_path / "data"
+    subprocess.run(["cp", "-r", str(drawn_voc), str(data)], check=True)
+    assert train(data, tmp_path / "run", "--check-data") == {}
+    picture = sorted((data / "JPEGImages").iterdir())[0]
+    picture.write_bytes(picture.read_bytes()[:500])
+    process = launch(data, tmp_path / "run", "--check-data")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert picture.name in errors
+    assert "Traceback" not in errors
+    assert len(json.loads((tmp_path / "run" / "data_faults.json").read_text())["faults"]) == 1
+
+
+def test_preflight(drawn_voc, tmp_path, capsys):
+    train(drawn_voc, tmp_path, "--preflight", "--log-level", "info")
+    assert "peak GPU memory" in capsys.readouterr().out
+    assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["--dataset-type=voc --data={} --model-dir={} --resolution=96 --batch-size=4 --lr=0.01"]
+)
+def test_command_lines_of_the_source_run_unchanged(drawn_voc, tmp_path, command):
+    words = command.format(drawn_voc, tmp_path).split()
+    train_ssd.main([*words, "--max_steps=1", "--pretrained_ssd=none", "--workers=0", "--use_cuda=false"])
+    assert (tmp_path / "last.pt").is_file()
+
+
+def test_predict_needs_no_flag_but_checkpoint_and_pictures(drawn_voc, tmp_path, monkeypatch):
+    train(drawn_voc, tmp_path / "run", "--max-steps", 1)
+    monkeypatch.chdir(tmp_path)
+    results = predict.main(["run/last.pt", str(drawn_voc / "JPEGImages"), "--threshold", "0.05"])
+    assert len(results) == 24
+    assert json.loads((tmp_path / "predictions" / "detections.json").read_text()) == results
+    assert len(list((tmp_path / "predictions").glob("*.jpg"))) == 24
+    found = [(box, file) for result in results for box, file in zip(result["boxes"], [result["file"]] * 99)]
+    assert found
+    assert all(box[2] <= 400 and box[3] <= 400 for box, _ in found)

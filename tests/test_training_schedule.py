@@ -1,0 +1,39 @@
+import math
+
+import pytest
+
+from training import schedule
+
+
+def test_cosine_falls_from_one_to_the_floor_and_stays():
+    assert schedule.cosine(0, 100) == 1.0
+    assert schedule.cosine(50, 100) == pytest.approx(0.5)
+    assert schedule.cosine(25, 100, floor=0.2) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert schedule.cosine(100, 100, floor=0.1) == pytest.approx(0.1)
+    assert schedule.cosine(150, 100, floor=0.1) == schedule.cosine(100, 100, floor=0.1)
+    with pytest.raises(ValueError, match="at least one step"):
+        schedule.cosine(0, 0)
+
+
+def test_multi_step_falls_at_the_milestone_itself():
+    factors = [schedule.multi_step(step, (4, 2), 0.1) for step in range(6)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert schedule.multi_step(10**6, (), 0.1) == 1.0
+
+
+def test_warmup_is_never_zero_and_ends_at_one():
+    assert [schedule.warmup(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert schedule.warmup(0, 0) == 1.0
+
+
+def test_lr_factor():
+    assert schedule.lr_factor("constant", 7) == 1.0
+    assert schedule.lr_factor("cosine", 50, total=100, warmup_steps=100) == pytest.approx(0.5 * 0.51)
+    assert schedule.lr_factor("multi-step", 9, milestones=(3, 6), gamma=0.5) == 0.25
+    with pytest.raises(ValueError, match="no schedule 'linear': use one of constant, cosine, multi-step"):
+        schedule.lr_factor("linear", 0)
+
+
+def test_due_fires_at_its_cadence_and_on_the_last_step():
+    assert [step for step in range(1, 11) if schedule.due(step, 4, 10)] == [4, 8, 10]
+    assert not any(schedule.due(step, 0, 10) for step in range(1, 11))

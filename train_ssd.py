@@ -1,0 +1,331 @@
+"""Train SSD (MobileNet v1 and v2, VGG16, SqueezeNet) on Pascal VOC or Open Images folders.
+
+    python train_ssd.py --dataset-type voc --data data/drone --model-dir runs/drone
+    python train_ssd.py --config configs/ssd_mb1_small.toml --data data/cells --model-dir runs/cells
+    python train_ssd.py --dataset-type voc --data data/drone --model-dir runs/drone --resume auto
+    python train_ssd.py --dataset-type voc --data data/drone --model-dir runs/drone --resume auto --eval-only
+    torchrun --nproc-per-node 4 train_ssd.py --dataset-type open_images --data data/fruit --model-dir runs/fruit
+
+The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl, labels.txt and what TensorBoard reads.
+Published mAP on VOC07 test, not reproduced by us: mb1-ssd 67.5, mb2-ssd-lite 68.6, vgg16-ssd 77.26 (qfgaohao).
+"""
+
+import argparse
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+import models
+from data import DataError, classes, detection, loader, transforms
+from evaluation import score_truth
+from evaluation.voc import VOCEvaluator
+from losses import multibox
+from models import WeightsError, published, ssd
+from ops.boxes import decode
+from ops.images import normalize
+from ops.suppress import detections
+from training import checkpoints, devices, flags, log, optimizers, pictures, schedule
+from training.modes import train_mode
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(prog="train_ssd.py", description=__doc__, formatter_class=flags.HelpFormatter)
+    arg = parser.add_argument_group("data").add_argument
+    arg("--dataset-type", choices=("voc", "open_images"), default="open_images", help="layout of the data")
+    arg("--datasets", "--data", dest="data", nargs="+", default=["data"], help="one or more folders, joined")
+    arg("--balance-data", action="store_true", help="show pictures of rare classes more often")
+    arg("--batch-size", type=flags.number(int, 1), default=4, help="pictures a step, over all processes")
+    arg("--num-workers", "--workers", dest="workers", type=flags.number(int, 0), default=2, help="loader processes")
+    arg("--voc-offset", type=int, choices=(0, 1), default=1, help="number of the first pixel in the xml")
+    arg("--bad-boxes", choices=("drop", "error"), default="drop", help="what to do about boxes without area")
+    arg("--bad-images", choices=("error", "skip"), default="error", help="unreadable pictures; skip reads all, first")
+    arg("--check-data", action="store_true", help="list every fault, write data_faults.json, exit 2 (0 without any)")
+    arg("--remap-by-name", action="store_true", help="keep a checkpoint's class order over labels.txt's")
+    arg("--zoom-out", type=float, default=0.5, help="augmentation: chance of zooming out up to 4 times")
+    arg("--iou-crop", type=float, default=1.0, help="augmentation: chance of trying an IoU crop")
+    arg("--colour", type=float, default=0.5, help="augmentation: chance of each colour change")
+
+    arg = parser.add_argument_group("network").add_argument
+    arg("--net", choices=tuple(ssd.NETWORKS), default="mb1-ssd", help="architecture")
+    arg("--resolution", type=flags.number(int, 1), default=300, help="pixels a side of the network's input")
+    arg("--mb2-width-mult", type=float, default=1.0, help="width of mb2-ssd-lite")
+    sizes = "prior sizes: least of each of the six maps in pixels at 300, and the last's greatest; else the published"
+    arg("--box-sizes", type=float, nargs=7, metavar="PIXELS", help=sizes)
+    arg("--match-iou", type=float, default=0.5, help="least IoU of a prior that answers for a box")
+    start = "start from a whole SSD, ours or published; auto: the published file in models/, downloaded if it can be"
+    arg("--pretrained-ssd", default="auto", metavar="auto|none|FILE", help=start)
+    arg("--base-net", default="", metavar="FILE", help="start from a backbone's weights instead")
+    arg("--freeze-base-net", action="store_true", help="train the extra layers and heads alone")
+    arg("--freeze-net", action="store_true", help="train the heads alone")
+
+    arg = parser.add_argument_group("optimisation").add_argument
+    arg("--num-epochs", "--epochs", dest="epochs", type=flags.number(int, 1), default=30, help="times through the data")
+    arg("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd", help="update rule")
+    arg("--learning-rate", "--lr", dest="lr", type=float, default=0.01, help="of the heads")
+    arg("--base-net-lr", type=float, default=0.001, help="of the base net")
+    arg("--extra-layers-lr", type=float, help="of the extra layers; as --lr if not given")
+    arg("--lr-batch-size", type=int, default=0, help="batch size that the rates were chosen for, see --scale-lr")
+    arg("--momentum", type=float, default=0.9, help="of sgd")
+    arg("--weight-decay", type=float, default=5e-4, help="of weights")
+    arg("--norm-weight-decay", type=float, help="of batch norm and biases; as --weight-decay if not given")
+    arg("--scheduler", choices=("cosine", "multi-step"), default="cosine", help="learning rate over time")
+    arg("--t-max", type=flags.number(float, 0.01), default=100, help="cosine: epochs until the rate is 0")
+    arg("--milestones", default="80,100", help="multi-step: epochs after which the rate falls")
+    arg("--gamma", type=float, default=0.1, help="multi-step: factor at a milestone")
+    arg("--warmup-steps", type=flags.number(int, 0), default=0, help="steps of linear warm-up")
+    arg("--class-weights", default="", metavar="NAME=W,...", help="weight of classes in the classification loss")
+
+    arg = parser.add_argument_group("output").add_argument
+    arg("--checkpoint-folder", "--model-dir", dest="model_dir", default="models/", help="run folder")
+    arg("--validation-epochs", type=flags.number(int, 1), default=1, help="validate every so many epochs")
+    arg("--validation-mean-ap", action="store_true", help="validate by mAP too, not by the loss alone")
+    arg("--debug-steps", type=flags.number(int, 1), default=10, help="log every so many steps")
+    arg("--log-level", choices=("debug", "info", "warning"), default="info", help="warning: faults and warnings alone")
+    arg("--use-cuda", type=flags.str2bool, default=True, metavar="BOOL", help="false is --device cpu")
+    flags.add_run_arguments(parser)
+    return flags.parse(parser, argv)
+
+
+def start_weights(net, args, run):
+    """Fill `net` from --base-net or --pretrained-ssd and say what was taken. Raises WeightsError."""
+    source = args.pretrained_ssd
+    if args.base_net:
+        run.say(f"{args.base_net}: {published.load_base_net(net, args.base_net)} of the base net taken")
+    elif source == "auto":  # the main process alone: the others get its weights
+        file = published.download(net.name, "models") if run.is_main else None
+        run.say(
+            f"{file}: {published.fine_tune(net, file)}"
+            if file
+            else "WARNING: no published weights: TRAINING FROM SCRATCH"
+        )
+    elif source != "none":
+        run.say(f"{source}: {published.fine_tune(net, source)}")
+
+
+@torch.no_grad()
+def evaluate(net, batches, run, mean_ap, keep=0):
+    """Losses over a validation set and, if `mean_ap`, AP -> (metrics, evaluator, [(image, target, found)] at most `keep`).
+
+    Batch norm statistics stay untouched. Every process takes its share of the pictures, all get the same metrics.
+    """
+    evaluator, kept = VOCEvaluator(net.classes), []
+    sums = torch.zeros(3, dtype=torch.float64)  # regression loss, classification loss, positives
+    net.eval()
+    for images, targets in batches:
+        size = tuple(images.shape[-2:])
+        with run.autocast():
+            outputs = net(normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std))
+        goals = multibox.assign(net.anchors(size), targets, net.box_weights)
+        losses = multibox.loss(outputs, goals, positives=1)
+        sums += torch.stack([*losses.values(), multibox.count(goals)]).double().cpu()
+        if mean_ap:
+            scores = outputs["logits"].float().softmax(-1)[..., 1:]
+            boxes = decode(outputs["offsets"], net.anchors(size), net.box_weights)
+            found = detections(scores, boxes, size)
+            evaluator.update(targets, found)
+            kept += list(zip(images, targets, found))[: keep - len(kept)]
+    sums = run.mean(sums)
+    regression, classification = (sums[:2] / sums[2].clamp(min=1 / run.world)).tolist()
+    metrics = {
+        "loss": regression + classification,
+        "regression_loss": regression,
+        "classification_loss": classification,
+    }
+    return metrics | (evaluator.compute(run.gather) if mean_ap else {}), evaluator, kept
+
+
+def log_evaluation(logger, step, metrics, evaluator, kept):
+    """Validation under the source's names, PR curves, and pictures for TensorBoard."""
+    values = {TAGS[name] + "/val": metrics[name] for name in TAGS}
+    if "mAP" in metrics:
+        values |= {
+            "Mean Average Precision/val": metrics["mAP"],
+            "Mean Average Precision/val 11-point": metrics["mAP_11point"],
+        }
+        for name, (precision, recall, _) in evaluator.curves().items():
+            values[f"Class Average Precision/{name}"] = metrics[f"AP/{name}"]
+            logger.pr_curve(f"PR curve/{name}", precision, recall, step)
+    logger.log(step, values)
+    for number, sample in enumerate(kept):
+        logger.images(
+            f"Truth left, predictions right/{number}", pictures.beside_truth(*sample, evaluator.classes), step
+        )
+
+
+TAGS = {"loss": "Loss", "regression_loss": "Regression Loss", "classification_loss": "Classification Loss"}
+
+
+def preflight(net, train_set, args, run):
+    """The batch with the most boxes forward, backward and through evaluation, then the peaks of memory."""
+    fullest = sorted(range(len(train_set)), key=lambda i: train_set.first[i] - train_set.first[i + 1])
+    images, targets = loader.collate([train_set[i] for i in (fullest * args.batch_size)[: args.batch_size]])
+    goals = multibox.assign(net.anchors(images.shape[-2:]), targets, net.box_weights, args.match_iou)
+    pixels = normalize(images.to(run.device), net.image_mean, net.image_std)
+    for part, part_goals in multibox.pieces(args.accumulate, pixels, goals):
+        with run.autocast():
+            outputs = net(part)
+        sum(multibox.loss(outputs, part_goals, positives=1).values()).backward()
+    evaluate(net, [(images, targets)], run, mean_ap=True)
+    run.say(
+        f"preflight: {len(images)} pictures at {args.resolution} pixels, {sum(len(t['labels']) for t in targets)} boxes"
+    )
+    run.say(devices.memory_peaks(run, args.workers, images.nbytes))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, quiet = args.device if args.use_cuda else "cpu", args.log_level == "warning"
+    run = devices.setup(device, args.gpus, args.precision, args.seed, quiet)
+    out, batch = Path(args.model_dir), args.batch_size
+    devices.check_batch(run, batch, args.accumulate)
+
+    # data
+    train_set, val_set, faults = detection.load(args.dataset_type, args.data, None, args.voc_offset, args.seed)
+    if args.check_data:
+        return detection.check_data(train_set, val_set, faults, args.workers, out / "data_faults.json", run.say)
+    saved = checkpoints.open_run(out, args.resume, args.overwrite, args.eval_only)
+    if saved and saved["classes"] != train_set.classes:
+        names = classes.agree_on_classes(saved["classes"], train_set.classes, args.remap_by_name)
+        train_set, val_set, faults = detection.load(args.dataset_type, args.data, names, args.voc_offset, args.seed)
+    train_set, val_set = detection.settle(
+        train_set, val_set, faults, args.bad_boxes, args.bad_images, args.workers, run.say
+    )
+    run.say(f"ground truth scored as predictions: mAP {score_truth(VOCEvaluator(val_set.classes), val_set)['mAP']:.3f}")
+
+    # network
+    arguments = {"width_mult": args.mb2_width_mult} if args.net == "mb2-ssd-lite" else {}
+    if args.box_sizes:
+        arguments["box_sizes"] = list(zip(args.box_sizes, args.box_sizes[1:]))
+    net = models.build(args.net, len(train_set.classes), **arguments)
+    net.classes, size = train_set.classes, (args.resolution, args.resolution)
+    if not saved:
+        start_weights(net, args, run)
+    net.to(run.device, memory_format=torch.channels_last)
+    train_set.transform = transforms.ssd_train(size, net.image_mean, args.zoom_out, args.iou_crop, args.colour)
+    val_set.transform = transforms.ssd_evaluate(size)
+    pin = run.device.type == "cuda"
+    val_batches = loader.evaluation_loader(val_set, batch, args.workers, run.rank, run.world, pin)
+
+    # optimiser
+    frozen = [net.base_net] * (args.freeze_base_net or args.freeze_net)
+    frozen += [net.extras, net.source_layer_add_ons] * args.freeze_net
+    train_mode(net, frozen, args.freeze_bn)
+    rates = {"base_net": args.base_net_lr, "extras": args.extra_layers_lr or args.lr, "heads": args.lr}
+    decay = (args.weight_decay, args.norm_weight_decay)
+    optimizer = optimizers.build(args.optimizer, net.parameter_groups(), rates, *decay, args.momentum)
+    wrapped = run.wrap(net, args.sync_bn, args.compile)  # before the averages: it gives all processes the same weights
+    ema = checkpoints.Ema(net, args.ema)
+
+    # schedule, in steps
+    steps = functools.partial(loader.steps_in, count=len(train_set), batch_size=batch)
+    total = min(steps(args.epochs), args.max_steps or steps(args.epochs))
+    milestones = [steps(float(epoch)) for epoch in args.milestones.split(",")]
+    lr_factor = functools.partial(
+        schedule.lr_factor,
+        args.scheduler,
+        total=steps(args.t_max),
+        milestones=milestones,
+        gamma=args.gamma,
+        warmup_steps=args.warmup_steps,
+    )
+    scale = optimizers.batch_scale(batch, args.lr_batch_size, args.scale_lr, run.say)
+
+    # resume
+    progress = checkpoints.Progress()
+    state = {"model": net, "optimizer": optimizer, "scaler": run.scaler, "ema": ema}
+    if saved:
+        checkpoints.restore(saved, state, progress)
+        for line in checkpoints.changed(saved["flags"], vars(args)):
+            run.say(f"  changed: {line}")
+    about = {
+        "architecture": net.name,
+        "arguments": net.arguments,
+        "num_classes": net.num_classes,
+        "classes": net.classes,
+    }
+    about |= {"image_size": size, "image_mean": net.image_mean, "image_std": net.image_std, "flags": vars(args)}
+    parameters = sum(p.numel() for p in net.parameters()) / 1e6
+    run.say(f"{net.name}, {args.resolution} pixels, {parameters:.1f} M parameters, {devices.describe(run)}")
+    if args.preflight:
+        return preflight(net, train_set, args, run)
+    if args.eval_only:
+        with ema.applied(net):
+            metrics, evaluator, _ = evaluate(net, val_batches, run, mean_ap=True)
+        if run.is_main:
+            evaluator.write_tables(out)
+        run.say(json.dumps(metrics, indent=1) + f"\n{out}/per_class.csv and confusion.csv written")
+        return metrics
+
+    # train
+    for warning in devices.check_machine(args.workers, 3 * args.resolution**2 * batch // run.world):
+        run.say(f"WARNING: {warning}")
+    balance = train_set.balance_weights() if args.balance_data else None
+    sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, run.rank, run.world, balance)
+    batches = loader.train_loader(train_set, sampler, args.workers, pin)
+    class_weights = classes.class_weights(args.class_weights, net.classes)
+    class_weights = class_weights and torch.tensor(class_weights, device=run.device)
+    logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args))
+    meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
+    if run.is_main:
+        (out / "labels.txt").write_text("\n".join(["BACKGROUND", *net.classes]) + "\n")
+    with checkpoints.StopSignals() as stop, logger, devices.memory_advice(run, size, batch, args.accumulate):
+        for images, targets in logger.steps(batches):
+            step = progress.step + 1
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * scale * lr_factor(step - 1)
+
+            images = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std)
+            goals = multibox.assign(net.anchors(size), targets, net.box_weights, args.match_iou)
+            positives = run.mean(multibox.count(goals)).clamp(min=1 / run.world)  # at least one in all
+            for part, part_goals in multibox.pieces(args.accumulate, images, goals):
+                with run.autocast():
+                    outputs = wrapped(part)
+                losses = multibox.loss(outputs, part_goals, positives, class_weights=class_weights)
+                run.scaler.scale(sum(losses.values())).backward()
+                meter.add(losses, [target["image_id"] for target in targets], step)
+            run.scaler.unscale_(optimizer)
+            if args.clip_norm:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_norm)
+            run.scaler.step(optimizer)
+            run.scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(net)
+
+            progress.step = step
+            epoch = loader.epoch_ended(step, len(train_set), batch)  # 0 within an epoch
+            progress.epoch = epoch or progress.epoch
+            stopping = run.any(stop.requested)
+            saving = epoch or stopping or schedule.due(step, args.save_every_steps, total) or step == total
+            if saving or schedule.due(step, args.debug_steps, total):
+                losses = log.read_losses(meter, run, optimizer, out)
+                values = {TAGS[name] + "/train": value for name, value in losses.items()}
+                values["lr"] = optimizer.param_groups[-1]["lr"]
+                logger.log(step, values, images=(step - logged) * batch)
+                logged = step
+            best = False
+            if not stopping and ((epoch and epoch % args.validation_epochs == 0) or step == total):
+                with ema.applied(net), logger.paused():
+                    run.share_statistics(net)
+                    metrics, *seen = evaluate(net, val_batches, run, args.validation_mean_ap, keep=4)
+                train_mode(net, frozen, args.freeze_bn)
+                log_evaluation(logger, step, metrics, *seen)
+                monitor = args.monitor or ("mAP" if args.validation_mean_ap else "loss")
+                best = progress.improved(metrics[monitor], lower_is_better=monitor.endswith("loss"))
+            if saving:
+                keep_epoch = epoch if epoch and args.save_every_epochs and epoch % args.save_every_epochs == 0 else None
+                keep_step = step if args.save_every_steps and step % args.save_every_steps == 0 else None
+                contents = {**state, **about, "progress": progress}
+                checkpoints.save(out, contents, epoch_copy=keep_epoch, step_copy=keep_step, best=best)
+            if stopping or (args.patience and progress.stale >= args.patience):
+                break
+    run.close()
+    if stop.requested:
+        raise SystemExit(stop.exit_code)
+    run.say(f"best {progress.best:.4g} at step {progress.best_step}; see it all with: tensorboard --logdir {out}")
+    return metrics
+
+
+if __name__ == "__main__":
+    flags.run(main, DataError, WeightsError, log.NonFinite)

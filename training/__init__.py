@@ -1,0 +1,1 @@
+"""What every training loop needs and no loop should contain: flags, devices, checkpoints, log, schedule."""

@@ -1,0 +1,50 @@
+"""Learning rate and cadence as pure functions of the step.
+
+A factor multiplies each parameter group's own base rate. Steps count from 0 here: the first update of a run uses the
+factor of step 0. Nothing is remembered between calls, so a resumed run continues with the rate it would have had.
+"""
+
+import math
+from bisect import bisect_right
+
+NAMES = ("constant", "cosine", "multi-step")
+
+
+def constant(step):
+    return 1.0
+
+
+def cosine(step, total, floor=0.0):
+    """Half a cosine from 1 at step 0 to `floor` at `total`, and `floor` from there on: it never rises again."""
+    if total <= 0:
+        raise ValueError(f"cosine needs a length of at least one step, not {total}")
+    progress = min(max(step / total, 0.0), 1.0)
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def multi_step(step, milestones, gamma):
+    """`gamma` to the power of the milestones reached; a milestone (in steps) counts from its own step on."""
+    return gamma ** bisect_right(sorted(milestones), step)
+
+
+def warmup(step, steps):
+    """Straight line from 1 / steps at step 0 to 1 at step `steps - 1`; 1 after that, and always 1 where steps is 0."""
+    return min(1.0, (step + 1) / steps) if steps > 0 else 1.0
+
+
+def lr_factor(name, step, *, total=0, floor=0.0, milestones=(), gamma=0.1, warmup_steps=0):
+    """The schedule `name` (one of NAMES) at `step`, times its warm-up. ValueError for another name."""
+    if name == "constant":
+        factor = constant(step)
+    elif name == "cosine":
+        factor = cosine(step, total, floor)
+    elif name == "multi-step":
+        factor = multi_step(step, milestones, gamma)
+    else:
+        raise ValueError(f"no schedule {name!r}: use one of {', '.join(NAMES)}")
+    return factor * warmup(step, warmup_steps)
+
+
+def due(step, every, total):
+    """Whether something done every `every` steps is done after `step` (from 1): always after the last; never if 0."""
+    return every > 0 and (step % every == 0 or step == total)
