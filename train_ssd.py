@@ -29,21 +29,19 @@ from ops.suppress import detections
 from training import checkpoints, devices, flags, log, optimizers, pictures, schedule
 from training.modes import train_mode
 
+# metrics of evaluate -> names in TensorBoard, as the source has them
+TAGS = {"loss": "Loss", "regression_loss": "Regression Loss", "classification_loss": "Classification Loss"}
+
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="train_ssd.py", description=__doc__, formatter_class=flags.HelpFormatter)
     arg = parser.add_argument_group("data").add_argument
     arg("--dataset-type", choices=("voc", "open_images"), default="open_images", help="layout of the data")
     arg("--datasets", "--data", dest="data", nargs="+", default=["data"], help="one or more folders, joined")
-    arg("--balance-data", action="store_true", help="show pictures of rare classes more often")
     arg("--batch-size", type=flags.number(int, 1), default=4, help="pictures a step, over all processes")
     arg("--num-workers", "--workers", dest="workers", type=flags.number(int, 0), default=2, help="loader processes")
-    arg("--voc-offset", type=int, choices=(0, 1), default=1, help="number of the first pixel in the xml")
-    arg("--bad-boxes", choices=("drop", "error"), default="drop", help="what to do about boxes without area")
-    arg("--bad-images", choices=("error", "skip"), default="error", help="unreadable pictures; skip reads all, first")
-    arg("--check-data", action="store_true", help="list every fault, write data_faults.json, exit 2 (0 without any)")
-    arg("--remap-by-name", action="store_true", help="keep a checkpoint's class order over labels.txt's")
-    arg("--zoom-out", type=float, default=0.5, help="augmentation: chance of zooming out up to 4 times")
+    arg("--zoom-out", type=float, default=0.5, help="augmentation: chance of zooming out")
+    arg("--largest-canvas", type=flags.number(float, 1), default=4.0, help="augmentation: picture sides to zoom out to")
     arg("--iou-crop", type=float, default=1.0, help="augmentation: chance of trying an IoU crop")
     arg("--colour", type=float, default=0.5, help="augmentation: chance of each colour change")
 
@@ -75,7 +73,6 @@ def parse_args(argv):
     arg("--milestones", default="80,100", help="multi-step: epochs after which the rate falls")
     arg("--gamma", type=float, default=0.1, help="multi-step: factor at a milestone")
     arg("--warmup-steps", type=flags.number(int, 0), default=0, help="steps of linear warm-up")
-    arg("--class-weights", default="", metavar="NAME=W,...", help="weight of classes in the classification loss")
 
     arg = parser.add_argument_group("output").add_argument
     arg("--checkpoint-folder", "--model-dir", dest="model_dir", default="models/", help="run folder")
@@ -84,29 +81,14 @@ def parse_args(argv):
     arg("--debug-steps", type=flags.number(int, 1), default=10, help="log every so many steps")
     arg("--log-level", choices=("debug", "info", "warning"), default="info", help="warning: faults and warnings alone")
     arg("--use-cuda", type=flags.str2bool, default=True, metavar="BOOL", help="false is --device cpu")
+    flags.add_detection_arguments(parser)
     flags.add_run_arguments(parser)
     return flags.parse(parser, argv)
 
 
-def start_weights(net, args, run):
-    """Fill `net` from --base-net or --pretrained-ssd and say what was taken. Raises WeightsError."""
-    source = args.pretrained_ssd
-    if args.base_net:
-        run.say(f"{args.base_net}: {published.load_base_net(net, args.base_net)} of the base net taken")
-    elif source == "auto":  # the main process alone: the others get its weights
-        file = published.download(net.name, "models") if run.is_main else None
-        run.say(
-            f"{file}: {published.fine_tune(net, file)}"
-            if file
-            else "WARNING: no published weights: TRAINING FROM SCRATCH"
-        )
-    elif source != "none":
-        run.say(f"{source}: {published.fine_tune(net, source)}")
-
-
 @torch.no_grad()
 def evaluate(net, batches, run, mean_ap, keep=0):
-    """Losses over a validation set and, if `mean_ap`, AP -> (metrics, evaluator, [(image, target, found)] at most `keep`).
+    """Losses over a validation set and, if `mean_ap`, AP -> (metrics, evaluator, first `keep` (image, target, found)).
 
     Batch norm statistics stay untouched. Every process takes its share of the pictures, all get the same metrics.
     """
@@ -128,11 +110,7 @@ def evaluate(net, batches, run, mean_ap, keep=0):
             kept += list(zip(images, targets, found))[: keep - len(kept)]
     sums = run.mean(sums)
     regression, classification = (sums[:2] / sums[2].clamp(min=1 / run.world)).tolist()
-    metrics = {
-        "loss": regression + classification,
-        "regression_loss": regression,
-        "classification_loss": classification,
-    }
+    metrics = dict(zip(TAGS, (regression + classification, regression, classification)))
     return metrics | (evaluator.compute(run.gather) if mean_ap else {}), evaluator, kept
 
 
@@ -140,21 +118,15 @@ def log_evaluation(logger, step, metrics, evaluator, kept):
     """Validation under the source's names, PR curves, and pictures for TensorBoard."""
     values = {TAGS[name] + "/val": metrics[name] for name in TAGS}
     if "mAP" in metrics:
-        values |= {
-            "Mean Average Precision/val": metrics["mAP"],
-            "Mean Average Precision/val 11-point": metrics["mAP_11point"],
-        }
+        values["Mean Average Precision/val"] = metrics["mAP"]
+        values["Mean Average Precision/val 11-point"] = metrics["mAP_11point"]
         for name, (precision, recall, _) in evaluator.curves().items():
             values[f"Class Average Precision/{name}"] = metrics[f"AP/{name}"]
             logger.pr_curve(f"PR curve/{name}", precision, recall, step)
     logger.log(step, values)
     for number, sample in enumerate(kept):
-        logger.images(
-            f"Truth left, predictions right/{number}", pictures.beside_truth(*sample, evaluator.classes), step
-        )
-
-
-TAGS = {"loss": "Loss", "regression_loss": "Regression Loss", "classification_loss": "Classification Loss"}
+        beside = pictures.beside_truth(*sample, evaluator.classes)
+        logger.images(f"Truth left, predictions right/{number}", beside, step)
 
 
 def preflight(net, train_set, args, run):
@@ -168,9 +140,8 @@ def preflight(net, train_set, args, run):
             outputs = net(part)
         sum(multibox.loss(outputs, part_goals, positives=1).values()).backward()
     evaluate(net, [(images, targets)], run, mean_ap=True)
-    run.say(
-        f"preflight: {len(images)} pictures at {args.resolution} pixels, {sum(len(t['labels']) for t in targets)} boxes"
-    )
+    boxes = sum(len(target["labels"]) for target in targets)
+    run.say(f"preflight: {len(images)} pictures at {args.resolution} pixels, {boxes} boxes")
     run.say(devices.memory_peaks(run, args.workers, images.nbytes))
 
 
@@ -180,19 +151,18 @@ def main(argv=None):
     run = devices.setup(device, args.gpus, args.precision, args.seed, quiet)
     out, batch = Path(args.model_dir), args.batch_size
     devices.check_batch(run, batch, args.accumulate)
+    measured = [*TAGS] + ["mAP", "mAP_11point"] * args.validation_mean_ap
+    monitor = flags.choose_monitor(args.monitor, "mAP" if args.validation_mean_ap else "loss", measured)
 
     # data
-    train_set, val_set, faults = detection.load(args.dataset_type, args.data, None, args.voc_offset, args.seed)
+    saved = None if args.check_data else checkpoints.open_run(out, args.resume, args.overwrite, args.eval_only)
+    layout = (args.dataset_type, args.data, args.voc_offset, args.seed)
+    *sets, faults = detection.load(*layout, saved and saved["classes"], args.remap_by_name)
     if args.check_data:
-        return detection.check_data(train_set, val_set, faults, args.workers, out / "data_faults.json", run.say)
-    saved = checkpoints.open_run(out, args.resume, args.overwrite, args.eval_only)
-    if saved and saved["classes"] != train_set.classes:
-        names = classes.agree_on_classes(saved["classes"], train_set.classes, args.remap_by_name)
-        train_set, val_set, faults = detection.load(args.dataset_type, args.data, names, args.voc_offset, args.seed)
-    train_set, val_set = detection.settle(
-        train_set, val_set, faults, args.bad_boxes, args.bad_images, args.workers, run.say
-    )
-    run.say(f"ground truth scored as predictions: mAP {score_truth(VOCEvaluator(val_set.classes), val_set)['mAP']:.3f}")
+        return detection.check_data(*sets, faults, args.workers, out / "data_faults.json", run.say)
+    train_set, val_set = detection.settle(*sets, faults, args.bad_boxes, args.bad_images, args.workers, run.say)
+    truth = score_truth(VOCEvaluator(val_set.classes), val_set)
+    run.say(f"ground truth scored as predictions: mAP {truth['mAP']:.3f}")
 
     # network
     arguments = {"width_mult": args.mb2_width_mult} if args.net == "mb2-ssd-lite" else {}
@@ -201,9 +171,10 @@ def main(argv=None):
     net = models.build(args.net, len(train_set.classes), **arguments)
     net.classes, size = train_set.classes, (args.resolution, args.resolution)
     if not saved:
-        start_weights(net, args, run)
+        published.begin(net, args.pretrained_ssd, args.base_net, "models", run.is_main, run.say)
     net.to(run.device, memory_format=torch.channels_last)
-    train_set.transform = transforms.ssd_train(size, net.image_mean, args.zoom_out, args.iou_crop, args.colour)
+    augmentation = (args.zoom_out, args.largest_canvas, args.iou_crop, args.colour)
+    train_set.transform = transforms.ssd_train(size, net.image_mean, *augmentation)
     val_set.transform = transforms.ssd_evaluate(size)
     pin = run.device.type == "cuda"
     val_batches = loader.evaluation_loader(val_set, batch, args.workers, run.rank, run.world, pin)
@@ -222,14 +193,8 @@ def main(argv=None):
     steps = functools.partial(loader.steps_in, count=len(train_set), batch_size=batch)
     total = min(steps(args.epochs), args.max_steps or steps(args.epochs))
     milestones = [steps(float(epoch)) for epoch in args.milestones.split(",")]
-    lr_factor = functools.partial(
-        schedule.lr_factor,
-        args.scheduler,
-        total=steps(args.t_max),
-        milestones=milestones,
-        gamma=args.gamma,
-        warmup_steps=args.warmup_steps,
-    )
+    shape = {"total": steps(args.t_max), "milestones": milestones, "gamma": args.gamma}
+    lr_factor = functools.partial(schedule.lr_factor, args.scheduler, warmup_steps=args.warmup_steps, **shape)
     scale = optimizers.batch_scale(batch, args.lr_batch_size, args.scale_lr, run.say)
 
     # resume
@@ -239,13 +204,13 @@ def main(argv=None):
         checkpoints.restore(saved, state, progress)
         for line in checkpoints.changed(saved["flags"], vars(args)):
             run.say(f"  changed: {line}")
-    about = {
-        "architecture": net.name,
-        "arguments": net.arguments,
+    about = {"architecture": net.name, "arguments": net.arguments, "classes": net.classes, "image_size": size}
+    about |= {
         "num_classes": net.num_classes,
-        "classes": net.classes,
+        "image_mean": net.image_mean,
+        "image_std": net.image_std,
+        "flags": vars(args),
     }
-    about |= {"image_size": size, "image_mean": net.image_mean, "image_std": net.image_std, "flags": vars(args)}
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
     run.say(f"{net.name}, {args.resolution} pixels, {parameters:.1f} M parameters, {devices.describe(run)}")
     if args.preflight:
@@ -311,19 +276,21 @@ def main(argv=None):
                     metrics, *seen = evaluate(net, val_batches, run, args.validation_mean_ap, keep=4)
                 train_mode(net, frozen, args.freeze_bn)
                 log_evaluation(logger, step, metrics, *seen)
-                monitor = args.monitor or ("mAP" if args.validation_mean_ap else "loss")
                 best = progress.improved(metrics[monitor], lower_is_better=monitor.endswith("loss"))
             if saving:
-                keep_epoch = epoch if epoch and args.save_every_epochs and epoch % args.save_every_epochs == 0 else None
-                keep_step = step if args.save_every_steps and step % args.save_every_steps == 0 else None
-                contents = {**state, **about, "progress": progress}
-                checkpoints.save(out, contents, epoch_copy=keep_epoch, step_copy=keep_step, best=best)
+                copies = {"epoch_copy": schedule.multiple(epoch, args.save_every_epochs)}
+                copies["step_copy"] = schedule.multiple(step, args.save_every_steps)
+                checkpoints.save(out, {**state, **about, "progress": progress}, best=best, **copies)
             if stopping or (args.patience and progress.stale >= args.patience):
                 break
     run.close()
     if stop.requested:
         raise SystemExit(stop.exit_code)
-    run.say(f"best {progress.best:.4g} at step {progress.best_step}; see it all with: tensorboard --logdir {out}")
+    if "mAP" in metrics:
+        run.say(seen[0].table())
+    if progress.best is not None:
+        run.say(f"best {monitor} {progress.best:.4g} at step {progress.best_step}")
+    run.say(f"checkpoints, curves and pictures: tensorboard --logdir {out}")
     return metrics
 
 

@@ -5,6 +5,8 @@ box or a picture: forked workers share their pages for good, because no referenc
 memory does not grow with the number of workers.
 """
 
+import copy
+import os
 from array import array
 
 import numpy as np
@@ -16,19 +18,19 @@ from data.errors import DataError
 from data.images import read_image
 
 
-class Texts:
-    """Many strings in two arrays: UTF-8 bytes end to end, and where each begins."""
+class Paths:
+    """Many paths in two arrays: their bytes end to end, and where each begins."""
 
-    def __init__(self, texts):
-        encoded = [text.encode() for text in texts]
+    def __init__(self, paths):
+        encoded = [os.fsencode(path) for path in paths]
         self.content = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self.first = np.cumsum([0] + [len(text) for text in encoded], dtype=np.int64)
+        self.first = np.cumsum([0] + [len(path) for path in encoded], dtype=np.int64)
 
     def __len__(self):
         return len(self.first) - 1
 
     def __getitem__(self, index):
-        return self.content[self.first[index] : self.first[index + 1]].tobytes().decode()
+        return os.fsdecode(self.content[self.first[index] : self.first[index + 1]].tobytes())
 
 
 class Records:
@@ -68,7 +70,7 @@ class BoxDataset(Dataset):
     def __init__(self, records, classes, relative=False, transform=None, seed=0):
         self.classes = list(classes)
         self.relative, self.transform, self.seed = relative, transform, seed
-        self.paths = Texts(records.paths)
+        self.paths = Paths(records.paths)
         self.sizes = np.array(records.sizes, dtype=np.int32).reshape(-1, 2)
         label_of = {name: label for label, name in enumerate(self.classes)}
         label = np.array([label_of.get(name, -1) for name in records.names] or [-1], dtype=np.int32)
@@ -111,8 +113,9 @@ class BoxDataset(Dataset):
         size = tuple(image.shape[-2:])
         told = tuple(int(v) for v in self.sizes[index])
         if all(told) and told != size:
-            why = "; it is turned by its EXIF orientation and the boxes are not" if told == size[::-1] else ""
-            raise DataError(path, "", f"the annotation says {told[1]} x {told[0]}, the file {size[1]} x {size[0]}{why}")
+            why = "it is turned by its EXIF orientation and the boxes are not: " if told == size[::-1] else ""
+            reason = f"the annotation says {told[1]} x {told[0]}, the file {size[1]} x {size[0]}; {why}annotate it anew"
+            raise DataError(path, "", reason, kind="image")
         target = self.annotation(index, size)
         target["size"] = size
         target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
@@ -124,18 +127,20 @@ class BoxDataset(Dataset):
         if self.transform is None:
             return image, target
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(sample_seed(self.seed, epoch, index))
+            # torch.manual_seed would seed the GPUs' generators too, and fork_rng would not give their state back
+            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
             return self.transform(image, target)
 
     def without(self, indices):
         """This data set less the pictures in `indices`."""
         left = np.setdiff1d(np.arange(len(self)), list(indices))
-        records = Records()
-        for index in left:
-            position = records.add_image(self.paths[index], self.sizes[index])
-            for row in range(self.first[index], self.first[index + 1]):
-                records.add_object(position, self.boxes[row], self.classes[self.labels[row]], self.ignore[row])
-        return BoxDataset(records, self.classes, self.relative, self.transform, self.seed)
+        counts = np.diff(self.first)
+        rows = np.isin(np.repeat(np.arange(len(self)), counts), left)
+        less = copy.copy(self)
+        less.paths, less.sizes = Paths(self.paths[index] for index in left), self.sizes[left]
+        less.first = np.concatenate([[0], np.cumsum(counts[left])])
+        less.boxes, less.labels, less.ignore = self.boxes[rows], self.labels[rows], self.ignore[rows]
+        return less
 
     def class_counts(self):
         """Objects of each class that count, int64 [K]."""

@@ -8,31 +8,34 @@ from tqdm import tqdm
 
 from data.errors import DataError
 
-SHOWN = 50  # lines on the console; the JSON of --check-data has them all
+SHOWN = 50  # lines on the console before training; --check-data shows every one
 
 
-def settle(faults, bad_boxes, bad_images, say=print):
+def settle(faults, bad_boxes, bad_images, say=print, most=SHOWN):
     """Report `faults` (DataErrors) and go on if the policies allow it.
 
     bad_boxes    "drop": faults of kind "box" cost their object, "error": they stop the run
     bad_images   "skip": faults of kind "image" cost their picture, "error": they stop the run
+    most         lines said, those that stop the run first
 
-    Raises DataError with the number of faults that stop the run; each has been said before.
+    Raises DataError for faults that stop the run: the fault itself where it is one, else their number.
     """
+    outcome = {"box": "box dropped", "image": "picture skipped"}
     forgiven = {"box": bad_boxes == "drop", "image": bad_images == "skip"}
     fatal = [fault for fault in faults if not forgiven.get(fault.kind)]
-    what = {"box": "box dropped", "image": "picture skipped"}
-    shown = fatal if fatal else faults
-    for fault in shown[:SHOWN]:
-        say(f"{fault}" if fatal else f"{fault} ({what[fault.kind]})")
-    if len(shown) > SHOWN:
-        say(f"... and {len(shown) - SHOWN} more; --check-data writes them all")
-    if len(fatal) == 1:
-        raise fatal[0]
+    lines = [str(fault) for fault in fatal]
+    lines += [f"{fault} ({outcome[fault.kind]})" for fault in faults if forgiven.get(fault.kind)]
+    for line in lines[:most]:
+        say(line)
+    if len(lines) > most:
+        say(f"... and {len(lines) - most} more; --check-data lists them all")
     if fatal:
         ways = {"box": "--bad-boxes drop leaves such boxes out", "image": "--bad-images skip leaves such pictures out"}
         remedy = "; ".join(ways[kind] for kind in sorted({fault.kind for fault in fatal} & set(ways)))
-        raise DataError(f"{len(fatal)} faults in the data, listed above", "", remedy or "mend the files")
+        if len(fatal) > 1:
+            raise DataError(f"{len(fatal)} faults in the data, listed above", "", remedy or "mend the files")
+        fault = fatal[0]
+        raise DataError(fault.path, fault.place, "; ".join(filter(None, (fault.reason, remedy))), fault.kind)
 
 
 class _Readable(Dataset):
@@ -48,7 +51,7 @@ class _Readable(Dataset):
         try:
             self.dataset.load(index)
         except DataError as error:
-            return index, (error.path, error.place, error.reason)
+            return index, (error.path, error.place, error.reason, error.kind)
         return index, None
 
 
@@ -60,7 +63,7 @@ def unreadable(dataset, workers, progress=True):
     """{index: DataError} of the pictures that cannot be read. Reads every file once: minutes for a large set."""
     loader = DataLoader(_Readable(dataset), batch_size=1, num_workers=workers, collate_fn=_first)
     bar = tqdm(loader, desc="checking pictures", unit="image", disable=None if progress else True)
-    return {index: DataError(*fault, kind="image") for index, fault in bar if fault}
+    return {index: DataError(*fault) for index, fault in bar if fault}
 
 
 def write_report(path, faults, datasets):

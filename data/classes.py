@@ -1,13 +1,15 @@
 """Class names: where they come from and whether two lists agree."""
 
+import math
 from pathlib import Path
 
 from data.errors import DataError
+from data.files import lines_of
 
 
 def read_labels(path):
     """Names in a labels.txt, one a line. Blank lines and a BACKGROUND are skipped; a name twice is a DataError."""
-    names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    names = [line.strip() for line in lines_of(path)]
     names = [name for name in names if name and name.upper() != "BACKGROUND"]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -17,16 +19,17 @@ def read_labels(path):
     return names
 
 
-def choose_classes(roots, found):
-    """The class list of a training set: labels.txt where a root has one, then names found without one, sorted.
-
-    Roots are joined in order. A name that a root's objects carry and no labels.txt knows is the caller's to report, so
-    with any labels.txt present only its names are taken.
+def choose_classes(roots, found, faults):
+    """The class list of a training set: the names in the roots' labels.txt, joined in order; without any such file the
+    names `found` in the annotations, sorted. A name found that no labels.txt has is a DataError appended to `faults`.
     """
     files = [Path(root) / "labels.txt" for root in roots if (Path(root) / "labels.txt").is_file()]
     if not files:
         return sorted(found)
-    return list(dict.fromkeys(name for file in files for name in read_labels(file)))
+    names = list(dict.fromkeys(name for file in files for name in read_labels(file)))
+    for name in sorted(set(found) - set(names)):
+        faults.append(DataError(files[0], "", f"lacks class {name!r}, which objects have; add it"))
+    return names
 
 
 def agree_on_classes(trained, found, remap_by_name):
@@ -52,7 +55,7 @@ def agree_on_classes(trained, found, remap_by_name):
 def class_weights(text, names):
     """[K+1] floats from "NAME=W,NAME=W", background first; background and classes not named weigh 1. None for "".
 
-    Raises DataError for a name that is no class or a weight that is no number.
+    Raises DataError for a name that is no class or a weight that is no number from 0.
     """
     if not text:
         return None
@@ -60,7 +63,9 @@ def class_weights(text, names):
     for item in text.split(","):
         name, _, weight = (part.strip() for part in item.partition("="))
         try:
-            weights[names.index(name) + 1] = float(weight)
+            weights[names.index(name) + 1] = value = float(weight)
+            if not 0 <= value < math.inf:
+                raise ValueError
         except ValueError:
             raise DataError("--class-weights", item, f"write NAME=NUMBER; names: {', '.join(names)}") from None
     return weights

@@ -2,7 +2,7 @@
 
 
 class DataError(Exception):
-    """`path: place: reason`, for example `image_7.xml: object 3: xmax 12 <= xmin 40`.
+    """`path: place: reason`, for example `image_7.xml: object 3: xmax 12 < xmin 40`.
 
     `kind` tells what may be done about it: "box" faults cost one object and fall under --bad-boxes, "image" faults cost
     one picture and fall under --bad-images, anything else ("file") stops the run.
@@ -12,6 +12,7 @@ class DataError(Exception):
     """
 
     def __init__(self, path, place="", reason="", kind="file"):
-        text = ": ".join(str(part) for part in (path, place, reason) if str(part))
-        super().__init__(text.rsplit("DataError: ", 1)[-1].strip())
-        self.path, self.place, self.reason, self.kind = str(path), str(place), str(reason), kind
+        path = str(path).rsplit("DataError: ", 1)[-1].strip()
+        reason = " ".join(str(reason).split())  # one line, whatever text of a file it quotes
+        self.path, self.place, self.reason, self.kind = path, str(place), reason, kind
+        super().__init__(": ".join(part for part in (self.path, self.place, self.reason) if part))

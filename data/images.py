@@ -1,11 +1,12 @@
 """Reading a picture: whatever the file holds, RGB comes out."""
 
 import io
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data.errors import DataError
 
@@ -20,15 +21,40 @@ def read_image(path):
 
     By Pillow: torchvision's decoders are twice as quick and to be removed.
     """
+    with _opened(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits a pixel; convert("RGB") would clip instead of scale
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if "transparency" in image.info:  # else Pillow warns of it
+            image = image.convert("RGBA")
+        pixels = np.array(image.convert("RGB"))  # [H,W,3]
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def image_size(path):
+    """(height, width) of the upright picture in `path`, from the file's header. Raises DataError of kind "image"."""
+    with _opened(path) as file:
+        width, height = file.size
+        on_its_side = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (width, height) if on_its_side else (height, width)
+
+
+@contextmanager
+def _opened(path):
+    """The file as a Pillow image; what goes wrong while it is in use becomes a DataError."""
     try:
         content = Path(path).read_bytes()
         if content.startswith(b"version https://git-lfs"):
             raise DataError(path, "", "a git-LFS pointer, not a picture; fetch it with: git lfs pull", kind="image")
         with Image.open(io.BytesIO(content)) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits a pixel; convert("RGB") would clip instead of scale
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            pixels = np.array(image.convert("RGB"))  # [H,W,3]
+            yield file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
-        raise DataError(path, "", f"cannot be read as a picture: {error}; mend or replace it", kind="image") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        raise DataError(
+            path, "", f"cannot be read as a picture: {_reason(error)}; mend or replace it", kind="image"
+        ) from None
+
+
+def _reason(error):
+    if isinstance(error, UnidentifiedImageError):  # its text names the buffer
+        return "no picture format known to Pillow"
+    return getattr(error, "strerror", None) or str(error)

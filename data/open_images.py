@@ -10,16 +10,19 @@ A picture in the folder without a row is background. ROOT/labels.txt, one class 
 """
 
 import csv
+import math
 from pathlib import Path
 
 from data.boxes import BoxDataset, Records
 from data.classes import choose_classes
 from data.errors import DataError
+from data.files import is_true, lines_of
 from data.images import SUFFIXES
 
 SPLITS = {"train": ("train",), "val": ("test", "validation", "val")}
 FILES = ("sub-{}-annotations-bbox.csv", "{}-annotations-bbox.csv", "oidv6-{}-annotations-bbox.csv")
 CORNERS = ("XMin", "YMin", "XMax", "YMax")
+NAMED = 10  # missing pictures named in a message
 
 
 def load(roots, split, classes=None, faults=None, transform=None, seed=0):
@@ -35,11 +38,7 @@ def load(roots, split, classes=None, faults=None, transform=None, seed=0):
         file, folder = _split_file(root, split)
         _read_csv(file, folder, _descriptions(root), records, faults_here)
     if classes is None:
-        classes = choose_classes(roots, records.names)
-        for name in set(records.names) - set(classes):
-            faults_here.append(
-                DataError(Path(roots[0]) / "labels.txt", "", f"class {name!r} of the annotations is not in it; add it")
-            )
+        classes = choose_classes(roots, records.names, faults_here)
     if faults is None and faults_here:
         raise faults_here[0]
     if faults is not None:
@@ -60,59 +59,41 @@ def _split_file(root, split):
 def _descriptions(root):
     """LabelName -> name, from the official class-descriptions-boxable.csv; empty without it."""
     for file in sorted(root.glob("*class-descriptions-boxable.csv")):
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            return {row[0]: row[1] for row in csv.reader(lines) if len(row) >= 2}
+        return {row[0]: row[1] for row in csv.reader(lines_of(file)) if len(row) >= 2}
     return {}
 
 
 def _read_csv(file, folder, descriptions, records, faults):
     if not folder.is_dir():
         raise DataError(folder, "", f"no such folder; the pictures of {file.name} belong there")
-    pictures = {path.stem: path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
-    positions, missing, pixels = {}, {}, []
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        rows = csv.DictReader(lines)
+    pictures = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+    positions, missing, in_pixels = {}, {}, []  # picture -> position; id -> line; (line, corner)
+    rows = csv.DictReader(lines_of(file))
+    try:
         _check_header(file, rows.fieldnames or [])
-        for number, row in enumerate(rows, start=2):
-            try:
-                box = [float(row[corner]) for corner in CORNERS]
-            except (TypeError, ValueError):
-                corners = ", ".join(str(row[corner]) for corner in CORNERS)
-                faults.append(DataError(file, f"line {number}", f"a corner is no number: {corners}", kind="box"))
-                continue
-            if max(box) > 2:
-                pixels.append((number, box))
-                continue
+        row = None
+        for row in rows:
             image_id = row["ImageID"]
             path = pictures.get(image_id) or pictures.get(image_id.removesuffix(Path(image_id).suffix))
-            if path is None:
-                missing.setdefault(image_id, number)
-                continue
-            if path not in positions:
-                positions[path] = records.add_image(path)
-            _add_box(file, number, row, box, descriptions, positions[path], records, faults)
-    if pixels:
-        number, box = pixels[0]
-        faults.append(
-            DataError(
-                file,
-                f"line {number}",
-                f"corner {max(box):g} is in pixels ({len(pixels)} such lines); Open Images corners are fractions from 0 to 1: "
-                "divide by the picture's width and height",
-            )
-        )
-    if missing:
-        image_id, number = next(iter(missing.items()))
-        faults.append(
-            DataError(
-                file,
-                f"line {number}",
-                f"no picture {folder / image_id}.jpg ({len(missing)} of {len(missing) + len(positions)} pictures missing)",
-                kind="image",
-            )
-        )
-    if not positions and not pixels and not missing:
-        faults.append(DataError(file, "", "a header and no row: there is nothing to train or score on"))
+            try:
+                name, box = _read_row(row, descriptions)
+            except ValueError as error:
+                faults.append(DataError(file, f"line {rows.line_num}", str(error), kind="box"))
+                name = None
+            if name and max(box) > 2:
+                in_pixels.append((rows.line_num, max(box)))
+            elif path is None:
+                missing.setdefault(image_id, rows.line_num)
+            elif name:
+                if path not in positions:
+                    positions[path] = records.add_image(path)
+                records.add_object(positions[path], box, name, is_true(row.get("IsGroupOf")))
+    except csv.Error as error:
+        raise DataError(file, f"line {rows.line_num}", f"not valid csv: {error}; mend the file") from None
+    if row is None:
+        faults.append(DataError(file, "", "a header and no row, nothing to train or score on; add a row for each box"))
+    _report_pixels(file, in_pixels, faults)
+    _report_missing(file, folder, missing, faults)
     for path in sorted(set(pictures.values()) - set(positions)):
         records.add_image(path)
 
@@ -123,24 +104,45 @@ def _check_header(file, names):
     if not {"ClassName", "LabelName"} & set(names):
         lack.append("ClassName or LabelName")
     if lack:
-        raise DataError(file, "line 1", f"no column {', '.join(lack)}; found: {', '.join(names) or 'an empty file'}")
-
-
-def _add_box(file, number, row, box, descriptions, image, records, faults):
-    name = row.get("ClassName") or descriptions.get(row["LabelName"], row["LabelName"])
-    if not name:
-        faults.append(DataError(file, f"line {number}", "has no class name", kind="box"))
-        return
-    left, top, right, bottom = (min(1.0, max(0.0, corner)) for corner in box)
-    if not (right > left and bottom > top):
-        xmin, ymin, xmax, ymax = box
-        faults.append(
-            DataError(
-                file,
-                f"line {number}",
-                f"{name} has no area: x {xmin:g} to {xmax:g}, y {ymin:g} to {ymax:g}",
-                kind="box",
-            )
+        raise DataError(
+            file,
+            "line 1",
+            f"no column {', '.join(lack)}: name the columns so; found: {', '.join(names) or 'an empty file'}",
         )
-        return
-    records.add_object(image, (left, top, right, bottom), name, row.get("IsGroupOf") in ("1", "1.0", "True", "true"))
+
+
+def _read_row(row, descriptions):
+    """(name, corners as fractions, inside the picture unless they are in pixels). Raises ValueError for a bad row."""
+    name = (row.get("ClassName") or descriptions.get(row.get("LabelName")) or row.get("LabelName") or "").strip()
+    if not name:
+        raise ValueError("has no class name")
+    try:
+        box = [float(row[corner]) for corner in CORNERS]
+    except (TypeError, ValueError):
+        box = [math.nan]
+    if not all(map(math.isfinite, box)):
+        raise ValueError(f"{name}: a corner is no number: {', '.join(str(row[corner]) for corner in CORNERS)}")
+    if max(box) > 2:
+        return name, box
+    left, top, right, bottom = (min(1.0, max(0.0, corner)) for corner in box)
+    if right <= left or bottom <= top:
+        xmin, ymin, xmax, ymax = box
+        raise ValueError(f"{name} has no area: x {xmin:g} to {xmax:g}, y {ymin:g} to {ymax:g}")
+    return name, [left, top, right, bottom]
+
+
+def _report_pixels(file, in_pixels, faults):
+    """One fault for all lines whose corners are no fractions: they come from a tool, not from a slip."""
+    if in_pixels:
+        number, corner = in_pixels[0]
+        count = f"{len(in_pixels)} such lines" if len(in_pixels) > 1 else "one such line"
+        reason = f"corner {corner:g} is in pixels ({count}); divide by the picture's width and height"
+        faults.append(DataError(file, f"line {number}", reason))
+
+
+def _report_missing(file, folder, missing, faults):
+    """One fault for all missing pictures: the csv of all Open Images beside some of its pictures is usual."""
+    if missing:
+        names = ", ".join(list(missing)[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+        place = f"line {next(iter(missing.values()))}"
+        faults.append(DataError(file, place, f"no picture in {folder} for {names}", kind="image"))

@@ -21,21 +21,21 @@ def keep_objects(target, keep):
 class ZoomOrCrop:
     """SSD's geometry (Liu et al. 2016, section 2.2): zoom out, then an IoU crop, then one resize to the network's size.
 
-    size         (h, w) of the result
-    zoom_out     probability of zooming out; the canvas around the picture is `fill` (R, G, B)
-    most         largest side of the canvas in sides of the picture
-    iou_crop     probability of trying an IoU crop at all
-    fill         colour of the canvas, 0..255
+    size            (h, w) of the result
+    zoom_out        probability of zooming out
+    largest_canvas  of zooming out, in sides of the picture
+    iou_crop        probability of trying an IoU crop at all
+    fill            colour of the canvas around the picture (R, G, B), 0..255
 
     The same distribution as v2.RandomZoomOut and v2.RandomIoUCrop one after the other, at a tenth of their time: they
-    build the canvas, up to 16 times the photo, only to shrink it again, and try one crop at a time. Objects whose centre
-    falls outside or that come out thinner than a pixel are left out.
+    build the canvas, up to 16 times the photo, only to shrink it again, and try one crop at a time. Objects whose
+    centre falls outside or that come out thinner than a pixel are left out.
     """
 
-    def __init__(self, size, zoom_out=0.5, most=4.0, iou_crop=1.0, fill=(127, 127, 127)):
+    def __init__(self, size, zoom_out=0.5, largest_canvas=4.0, iou_crop=1.0, fill=(127, 127, 127)):
         self.size, self.zoom_out, self.iou_crop = tuple(size), zoom_out, iou_crop
+        self.largest_canvas = largest_canvas
         self.fill = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1)
-        self.most = most
 
     def __call__(self, image, target):
         height, width = image.shape[-2:]
@@ -45,16 +45,16 @@ class ZoomOrCrop:
             region = self.canvas(height, width)
         if len(boxes) and torch.rand(()) < self.iou_crop:
             region = iou_crop(boxes, region)
-        target["boxes"] = self.move(boxes, region)
-        sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
-        target = keep_objects(target, (sides >= 1).all(1) & centers_inside(boxes, region))
+        moved = self.move(boxes, region)
+        thick = (moved[:, 2:] - moved[:, :2] >= 1).all(1)
+        target = keep_objects(target | {"boxes": moved}, thick & centers_inside(boxes, region))
         target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=self.size)
         return self.resample(image, region), target
 
     def canvas(self, height, width):
-        """A canvas of 1 to `most` times the picture's sides, the picture anywhere on it."""
+        """A canvas of 1 to `largest_canvas` times the picture's sides, the picture anywhere on it."""
         ratio, down, right = torch.rand(3).tolist()
-        ratio = 1 + ratio * (self.most - 1)
+        ratio = 1 + ratio * (self.largest_canvas - 1)
         canvas_height, canvas_width = int(height * ratio), int(width * ratio)
         return -int(down * (canvas_height - height)), -int(right * (canvas_width - width)), canvas_height, canvas_width
 
@@ -85,7 +85,7 @@ class ZoomOrCrop:
 
 
 def centers_inside(boxes, region):
-    """bool [..., M]: does the centre of boxes [M,4] lie in region(s) (top, left, height, width), numbers or [..., 1]?"""
+    """bool [...,M]: is the centre of boxes [M,4] in the region (top, left, height, width), numbers or [...,1]?"""
     top, left, height, width = region
     x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
     return (x > left) & (x < left + width) & (y > top) & (y < top + height)
@@ -94,9 +94,10 @@ def centers_inside(boxes, region):
 def iou_crop(boxes, region, trials=40, smallest=0.3):
     """A crop of `region` that keeps an object, as SSD and v2.RandomIoUCrop draw it.
 
-    boxes [M,4] xyxy, M > 0; region (top, left, height, width). A least IoU is drawn from 0 0.1 0.3 0.5 0.7 0.9 or "no crop";
-    of `trials` crops with sides of 0.3 to 1 of the region and an aspect ratio of 0.5 to 2, all drawn at once, the first is
-    taken that holds the centre of an object and reaches that IoU with one such object; if none does, another IoU is drawn.
+    boxes [M,4] xyxy, M > 0; region and result (top, left, height, width). A least IoU is drawn from 0 0.1 0.3 0.5 0.7
+    0.9 or "no crop". Of `trials` crops with sides of `smallest` to 1 of the region's, all drawn at once, the first is
+    taken that has an aspect ratio of 0.5 to 2, holds the centre of an object and reaches that IoU with one such object;
+    if none does, another IoU is drawn.
     """
     top, left, height, width = region
     while True:
@@ -119,7 +120,7 @@ def iou_crop(boxes, region, trials=40, smallest=0.3):
 
 
 class PhotometricDistort:
-    """SSD's colour changes by v2.RandomPhotometricDistort, run on a Pillow image: half the time of its tensor kernels."""
+    """SSD's colour changes by v2.RandomPhotometricDistort, on a Pillow image: half the time of its tensor kernels."""
 
     def __init__(self, p=0.5):
         self.distort = v2.RandomPhotometricDistort(p=p)
@@ -140,15 +141,15 @@ class Chain:
         return image, target
 
 
-def ssd_train(size, fill, zoom_out=0.5, iou_crop=1.0, colour=0.5):
-    """SSD's training augmentation to (h, w); `fill` is the mean colour; the rest are probabilities."""
+def ssd_train(size, fill, zoom_out=0.5, largest_canvas=4.0, iou_crop=1.0, colour=0.5):
+    """SSD's training augmentation to (h, w): probabilities, and the largest canvas to zoom out to, in picture sides."""
     return Chain(
-        ZoomOrCrop(size, zoom_out=zoom_out, iou_crop=iou_crop, fill=tuple(round(v) for v in fill)),
+        ZoomOrCrop(size, zoom_out, largest_canvas, iou_crop, fill=tuple(round(v) for v in fill)),
         v2.RandomHorizontalFlip(0.5),
         PhotometricDistort(colour),
     )
 
 
 def ssd_evaluate(size):
-    """Resize to (h, w), nothing else."""
-    return v2.Resize(size, antialias=True)
+    """Resize to (h, w), nothing else. Boxes are clamped: a scaled corner may round to just outside."""
+    return Chain(v2.Resize(size, antialias=True), v2.ClampBoundingBoxes())

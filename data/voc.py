@@ -5,7 +5,8 @@
     ROOT/JPEGImages/ID.jpg                              .jpeg .png .bmp .tif ... in either case
     ROOT/labels.txt                                     optional: one class a line
 
-Corners in the xml count from 1 (`offset`), may be fractions, and `difficult` may lack.
+Corners in the xml count from 1 and the last pixel belongs to the box: 1 to 300 is a whole side of 300. They may be
+fractions. `difficult` may lack, and so may `size`, which is then read from the picture.
 """
 
 import xml.etree.ElementTree as ElementTree
@@ -14,7 +15,8 @@ from pathlib import Path
 from data.boxes import BoxDataset, Records
 from data.classes import choose_classes
 from data.errors import DataError
-from data.images import SUFFIXES
+from data.files import is_true, lines_of
+from data.images import SUFFIXES, image_size
 
 SPLITS = {"train": ("trainval", "train", "default"), "val": ("test", "val", "default")}
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -25,7 +27,7 @@ def load(roots, split, classes=None, offset=1, faults=None, transform=None, seed
 
     roots     folders as above
     classes   names in label order; None takes labels.txt, else the names found, sorted
-    offset    what the first pixel is called, 1 in VOC's own files; some tools write 0
+    offset    number of the first pixel, taken from xmin and ymin: 1 in VOC's own files; 0 where a tool writes edges
     faults    a list that receives a DataError for everything wrong in the files; None raises the first
 
     Raises DataError where a folder is no VOC set.
@@ -34,11 +36,7 @@ def load(roots, split, classes=None, offset=1, faults=None, transform=None, seed
     for root in map(Path, roots):
         _read_root(root, _split_file(root, split), records, offset, faults_here)
     if classes is None:
-        classes = choose_classes(roots, records.names)
-        for name in set(records.names) - set(classes):
-            faults_here.append(
-                DataError(Path(roots[0]) / "labels.txt", "", f"class {name!r} of the annotations is not in it; add it")
-            )
+        classes = choose_classes(roots, records.names, faults_here)
     if faults is None and faults_here:
         raise faults_here[0]
     if faults is not None:
@@ -59,13 +57,10 @@ def _split_file(root, split):
 
 def _read_root(root, split_file, records, offset, faults):
     pictures = _pictures(root / "JPEGImages")
-    lines = split_file.read_text(encoding="utf-8-sig").splitlines()
-    if not any(line.strip() for line in lines):
-        raise DataError(split_file, "", "lists no picture")
-    for number, line in enumerate(lines, start=1):
-        name = line.strip()
-        if not name:
-            continue
+    names = [(number, line.strip()) for number, line in enumerate(lines_of(split_file), start=1) if line.strip()]
+    if not names:
+        raise DataError(split_file, "", "lists no picture; write one name a line")
+    for number, name in names:
         name = name[: -len(Path(name).suffix)] if name.lower().endswith((*SUFFIXES, ".xml")) else name
         annotation = root / "Annotations" / f"{name}.xml"
         picture = pictures.get(name) or pictures.get(Path(name).name)
@@ -91,41 +86,47 @@ def _pictures(folder):
 def _read_annotation(path, picture, records, offset, faults):
     try:
         root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        faults.append(DataError(path, "", f"not valid xml: {error}", kind="image"))
+        size = _size_of(root, picture)
+    except (ElementTree.ParseError, OSError, LookupError, ValueError, OverflowError) as error:
+        faults.append(DataError(path, "", f"not a valid annotation: {error}; mend the file", kind="image"))
         return
-    height, width = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
-    image = records.add_image(picture, (height, width))
+    except DataError as error:
+        faults.append(error)
+        return
+    image = records.add_image(picture, size)
     for number, item in enumerate(root.findall("object"), start=1):
-        place = f"object {number}"
-        name = (item.findtext("name") or "").strip()
-        corners = [item.findtext(f"bndbox/{corner}") for corner in CORNERS]
-        if not name or None in corners:
-            faults.append(DataError(path, place, "has no name or no bndbox with four corners", kind="box"))
-            continue
         try:
-            xmin, ymin, xmax, ymax = (float(corner) for corner in corners)
-        except ValueError:
-            faults.append(DataError(path, place, f"a corner is no number: {' '.join(corners)}", kind="box"))
-            continue
-        reason = _fault_of_box(name, xmin, ymin, xmax, ymax)
-        if reason:
-            faults.append(DataError(path, place, reason, kind="box"))
-            continue
-        box = [max(0.0, corner - offset) for corner in (xmin, ymin, xmax, ymax)]
-        if width and height:
-            box = [min(box[0], width), min(box[1], height), min(box[2], width), min(box[3], height)]
-        if box[2] <= box[0] or box[3] <= box[1]:
-            corners = f"{xmin:g},{ymin:g} to {xmax:g},{ymax:g}"
-            faults.append(DataError(path, place, f"{name} {corners} outside {width} x {height}", kind="box"))
-            continue
-        records.add_object(image, box, name, (item.findtext("difficult") or "0").strip() not in ("0", "False", "false"))
+            name, box = _read_object(item, size, offset)
+        except ValueError as error:
+            faults.append(DataError(path, f"object {number}", str(error), kind="box"))
+        else:
+            records.add_object(image, box, name, is_true(item.findtext("difficult")))
 
 
-def _fault_of_box(name, xmin, ymin, xmax, ymax):
-    for low, high, axis in ((xmin, xmax, "x"), (ymin, ymax, "y")):
+def _size_of(root, picture):
+    """(h, w) as annotated, or of the picture where the xml does not say."""
+    height, width = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
+    return (height, width) if height > 0 and width > 0 else image_size(picture)
+
+
+def _read_object(item, size, offset):
+    """(name, [x1, y1, x2, y2] in pixels, inside the picture). Raises ValueError saying what is wrong."""
+    name = (item.findtext("name") or "").strip()
+    corners = [item.findtext(f"bndbox/{corner}") for corner in CORNERS]
+    if not name or None in corners:
+        raise ValueError("has no name or no bndbox with four corners")
+    try:
+        xmin, ymin, xmax, ymax = (float(corner) for corner in corners)
+    except ValueError:
+        raise ValueError(f"{name}: a corner is no number: {' '.join(corners)}") from None
+    for axis, low, high in (("x", xmin, xmax), ("y", ymin, ymax)):
         if high == low:
-            return f"{name} has no area: {axis}min={axis}max={low:g}"
+            raise ValueError(f"{name} has no area: {axis}min={axis}max={low:g}")
         if not high > low:  # also true of NaN
-            return f"{name}: {axis}max {high:g} < {axis}min {low:g}"
-    return ""
+            raise ValueError(f"{name}: {axis}max {high:g} < {axis}min {low:g}")
+    height, width = size
+    x1, y1 = max(0.0, xmin - offset), max(0.0, ymin - offset)
+    x2, y2 = min(xmax, width), min(ymax, height)
+    if x2 <= x1 or y2 <= y1:
+        raise ValueError(f"{name} {xmin:g},{ymin:g} to {xmax:g},{ymax:g} outside {width} x {height}")
+    return name, (x1, y1, x2, y2)

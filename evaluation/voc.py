@@ -134,6 +134,17 @@ class VOCEvaluator:
         cells = np.concatenate(rows).astype(np.int64) * (background + 1) + np.concatenate(columns)
         return np.bincount(cells, minlength=(background + 1) ** 2).reshape(background + 1, background + 1)
 
+    def table(self):
+        """The AP of each class and their mean as lines of text, for a console."""
+        results = [result for result in self._computed() if result.positives]
+        width = max([4, *(len(result.name) for result in results)])
+        rows = [(r.name, r.positives, r.average_precision(), r.average_precision_11()) for r in results]
+        rows.append(("mean", sum(r[1] for r in rows), mean(r[2] for r in rows), mean(r[3] for r in rows)))
+        lines = [f"{name:{width}}  {boxes:6}  {area:.3f}  {points:.3f}" for name, boxes, area, points in rows]
+        if not any(len(result.true) for result in results):
+            lines.append("no detection at all: train longer, or look at the learning rate and the pictures")
+        return "\n".join([f"{'':{width}}   boxes     AP  11-point", *lines])
+
     def write_tables(self, folder, score=0.5):
         """Writes per_class.csv and confusion.csv (at `score`) into the folder; cells without a value are empty."""
         folder = Path(folder)

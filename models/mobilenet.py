@@ -5,13 +5,13 @@ Each function returns the `nn.Sequential` before pooling and classifier: [B,3,H,
 
 from torch import nn
 
-from models.layers import conv_bn
+from models.layers import Conv3x3, conv_bn
 
 
 def depthwise_separable(inputs, outputs, stride):
     """MobileNet v1's block: depthwise 3x3, BN, ReLU, pointwise, BN, ReLU: names 0 to 5."""
     return nn.Sequential(
-        nn.Conv2d(inputs, inputs, 3, stride, padding=1, groups=inputs, bias=False),
+        Conv3x3(inputs, inputs, stride, groups=inputs, bias=False),
         nn.BatchNorm2d(inputs),
         nn.ReLU(inplace=True),
         nn.Conv2d(inputs, outputs, 1, bias=False),
@@ -43,7 +43,7 @@ class InvertedResidual(nn.Module):
         widen = [] if expansion == 1 else [*conv_bn(inputs, hidden, 1, 1, nn.ReLU6)]
         self.conv = nn.Sequential(
             *widen,
-            nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden, bias=False),
+            Conv3x3(hidden, hidden, stride, groups=hidden, bias=False),
             nn.BatchNorm2d(hidden),
             nn.ReLU6(inplace=True),
             nn.Conv2d(hidden, outputs, 1, bias=False),

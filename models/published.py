@@ -280,3 +280,22 @@ def download(name, folder):
     finally:
         socket.setdefaulttimeout(before)
     return path
+
+
+def begin(net, pretrained, base_net, folder, fetch=True, say=print):
+    """The weights a new run starts from; says what was taken. Raises WeightsError.
+
+    base_net    file of a backbone, or "": see `load_base_net`
+    pretrained  "none", file of a whole SSD (see `fine_tune`), or "auto": the published one of this network in `folder`,
+                downloaded if it can be; without it the network stays fresh, and that is said loudly
+    fetch       false in all processes but the main one, whose weights the others get later
+    """
+    if base_net:
+        say(f"{base_net}: {load_base_net(net, base_net)} of the base net taken")
+        return
+    if pretrained == "auto":
+        pretrained = fetch and download(net.name, folder)
+        if not pretrained:
+            say("WARNING: no published weights to start from: TRAINING FROM SCRATCH (--pretrained-ssd none to mean it)")
+    if pretrained and pretrained != "none":
+        say(f"{pretrained}: {fine_tune(net, pretrained)}")

@@ -214,7 +214,7 @@ def box_shapes(low, high, ratios):
 
 
 def conv3x3(inputs, outputs):
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
+    return layers.Conv3x3(inputs, outputs)
 
 
 def conv1x1(inputs, outputs):
@@ -225,7 +225,7 @@ def dense_extra(inputs, hidden, outputs, stride=2, padding=1):
     return nn.Sequential(
         nn.Conv2d(inputs, hidden, 1),
         nn.ReLU(inplace=True),
-        nn.Conv2d(hidden, outputs, 3, stride, padding),
+        layers.Conv3x3(hidden, outputs, stride, padding),
         nn.ReLU(inplace=True),
     )
 

@@ -46,9 +46,11 @@ def pairwise_iou(boxes, anchors):
 
     torchvision.ops.box_iou takes one picture's boxes; matching a batch at once needs the leading dimension.
     """
-    corner_low = torch.maximum(boxes[..., :, None, :2], anchors[:, :2])  # [...,M,A,2]
-    corner_high = torch.minimum(boxes[..., :, None, 2:], anchors[:, 2:])
-    shared = (corner_high - corner_low).clamp(min=0).prod(-1)  # [...,M,A]
+    x1, y1, x2, y2 = boxes[..., None, :].unbind(-1)  # [...,M,1]
+    left, top, right, bottom = anchors.unbind(-1)  # [A]
+    width = (torch.minimum(x2, right) - torch.maximum(x1, left)).clamp(min=0)  # [...,M,A]
+    height = (torch.minimum(y2, bottom) - torch.maximum(y1, top)).clamp(min=0)
+    shared = width * height
     areas = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
     anchor_areas = (anchors[:, 2:] - anchors[:, :2]).prod(-1)
     return shared / (areas[..., None] + anchor_areas - shared).clamp(min=1e-9)

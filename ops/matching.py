@@ -28,8 +28,8 @@ def match(boxes, kind, anchors, threshold):
 
     The result is the index of the box that an anchor answers for, BACKGROUND, or IGNORE. An anchor is positive at
     IoU >= threshold with its best box, and every box keeps its best anchor however small the IoU; where two boxes want
-    the same anchor the later one has it, as in the source. An anchor that is not positive and lies at IoU >= threshold on a box to
-    ignore is IGNORE.
+    the same anchor the later one has it, as in the source. An anchor that is not positive and lies at IoU >= threshold
+    on a box to ignore is IGNORE.
     """
     iou = pairwise_iou(boxes, anchors)  # [B,M,A]
     real = kind >= 0  # [B,M]

@@ -298,3 +298,15 @@ def test_mistakes_of_the_caller():
     with pytest.raises(RuntimeError, match="compute"):
         evaluator.curves()
     assert evaluator.compute()["mAP"] == 0.0  # nothing of the refused updates was kept
+
+
+def test_table_names_every_class_and_hints_where_nothing_was_found():
+    evaluator = VOCEvaluator(["cat", "giraffe", "unseen"])
+    target = {"boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]]), "labels": torch.tensor([0, 1])}
+    target |= {"ignore": torch.zeros(2, dtype=torch.bool), "image_id": 0}
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+    evaluator.update([target], [nothing])
+    assert evaluator.compute()["mAP"] == 0
+    lines = evaluator.table().splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [["cat", "1"], ["giraffe", "1"], ["mean", "2"]]
+    assert "no detection" in lines[4]

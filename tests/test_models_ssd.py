@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 import models
-from models import WeightsError, published
+from models import WeightsError, layers, published
 
 PRIORS = {"mb1-ssd": 3000, "mb1-ssd-lite": 3000, "mb2-ssd-lite": 3000, "sq-ssd-lite": 2568, "vgg16-ssd": 8732}
 
@@ -385,3 +385,28 @@ def test_download(tmp_path, monkeypatch, capsys):
     assert published.download("sq-ssd-lite", tmp_path) is None
     (tmp_path / "mobilenet-v1-ssd-mp-0_675.pth").touch()
     assert published.download("mb1-ssd", tmp_path).name == "mobilenet-v1-ssd-mp-0_675.pth"
+
+
+@pytest.mark.parametrize(("groups", "stride"), [(1, 2), (1, 1), (8, 2)])
+@pytest.mark.parametrize("height", [1, 2, 5])
+def test_3x3_convolution_on_a_map_one_cell_wide(groups, stride, height):
+    """The same values and gradients as torch's own, and the same bits every time under bf16 on a CPU."""
+    torch.manual_seed(0)
+    convolution = layers.Conv3x3(8, 16, stride, groups=groups)
+    x = torch.randn(4, 8, height, 1)
+
+    def gradient(forward, x):
+        convolution.zero_grad()
+        y = forward(x)
+        y.float().square().sum().backward()
+        return y.detach(), convolution.weight.grad.clone()
+
+    plain = gradient(lambda x: torch.conv2d(x, convolution.weight, convolution.bias, stride, 1, 1, groups), x)
+    torch.testing.assert_close(gradient(convolution, x), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = gradient(convolution, x)
+        for _ in range(5):
+            junk = [torch.full((4096,), float("nan"), dtype=torch.bfloat16) for _ in range(64)]  # for unwritten memory
+            del junk
+            torch.testing.assert_close(gradient(convolution, x), first, rtol=0, atol=0)
+    torch.testing.assert_close(first[1], plain[1], rtol=0.05, atol=0.5)

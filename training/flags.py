@@ -81,9 +81,35 @@ def add_run_arguments(parser):
     stop = parser.add_argument_group("stopping and saving")
     stop.add_argument("--max-steps", type=count, default=0, help="stop after so many steps; 0: no cap")
     stop.add_argument("--patience", type=count, default=0, help="evaluations without improvement to stop at; 0: off")
-    stop.add_argument("--monitor", metavar="NAME", help="metric that chooses best.pt and feeds --patience")
+    stop.add_argument("--monitor", default="", metavar="NAME", help="metric that chooses best.pt and feeds --patience")
     stop.add_argument("--save-every-steps", type=count, default=0, help="also keep a numbered copy; 0: off")
     stop.add_argument("--save-every-epochs", type=count, default=0, help="also keep a numbered copy; 0: off")
+
+
+def add_detection_arguments(parser):
+    """Declare the flags about data that every detector on pictures and boxes has."""
+    faults = parser.add_argument_group("faults in the data, rare classes")
+    faults.add_argument(
+        "--check-data", action="store_true", help="list every fault, write data_faults.json, exit 2 or 0"
+    )
+    faults.add_argument("--bad-boxes", choices=("drop", "error"), default="drop", help="boxes without area")
+    skip = "pictures that cannot be read; skip reads every picture once before training"
+    faults.add_argument("--bad-images", choices=("error", "skip"), default="error", help=skip)
+    faults.add_argument(
+        "--voc-offset", type=int, choices=(0, 1), default=1, help="number of the first pixel in VOC's xml"
+    )
+    keep = "keep a checkpoint's order of classes where labels.txt has another"
+    faults.add_argument("--remap-by-name", action="store_true", help=keep)
+    faults.add_argument("--balance-data", action="store_true", help="show pictures of rare classes more often")
+    weights = "weight of classes in the classification loss"
+    faults.add_argument("--class-weights", default="", metavar="NAME=W,...", help=weights)
+
+
+def choose_monitor(name, default, metrics):
+    """--monitor, or the default where it is not given; UsageError where no evaluation yields such a metric."""
+    if name and name not in metrics:
+        raise UsageError(f"--monitor {name}: not measured by this run; use one of {', '.join(metrics)}")
+    return name or default
 
 
 def parse(parser, argv=None):

@@ -48,3 +48,8 @@ def lr_factor(name, step, *, total=0, floor=0.0, milestones=(), gamma=0.1, warmu
 def due(step, every, total):
     """Whether something done every `every` steps is done after `step` (from 1): always after the last; never if 0."""
     return every > 0 and (step % every == 0 or step == total)
+
+
+def multiple(number, every):
+    """`number` if it is a multiple of `every`, both above 0, else None: for the numbered copies of a checkpoint."""
+    return number if number > 0 and every > 0 and number % every == 0 else None
