@@ -99,9 +99,7 @@ def main(argv=None):
             )
     (out / "detections.json").write_text(json.dumps(results, indent=1) + "\n")
     boxes = sum(len(result["labels"]) for result in results)
-    print(
-        f"{len(files)} pictures, {boxes} boxes with a score above {args.threshold}; {len(files) / seconds:.1f} pictures a second"
-    )
+    print(f"{len(files)} pictures at {len(files) / seconds:.1f} a second, {boxes} boxes scored above {args.threshold}")
     print(f"drawn pictures and detections.json are in {out}")
     return results
 

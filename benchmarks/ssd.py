@@ -114,12 +114,11 @@ def main(argv=None):
             run = devices.setup(args.device, precision=precision)
             for name in args.nets:
                 full, bare = step_ratio(name, dataset, args.batch_size, args.rounds, run)
-                print(
-                    f"{name:10} {precision}: full step {1000 * full:.0f} ms, bare {1000 * bare:.0f} ms: {full / bare:.3f}"
-                )
+                figures = f"full step {1000 * full:.0f} ms, bare {1000 * bare:.0f} ms, ratio {full / bare:.3f}"
+                print(f"{name:10} {precision}  {figures}", flush=True)
         print(devices.describe(run))
         load, decode = loader_ratio(dataset, (127, 127, 127))
-        print(f"loader worker {load:.0f} pictures a second, bare JPEG decoding {decode:.0f}: {load / decode:.3f}")
+        print(f"loader worker {load:.0f} pictures a second, bare decoding {decode:.0f}, ratio {load / decode:.3f}")
 
 
 if __name__ == "__main__":

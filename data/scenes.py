@@ -1,9 +1,10 @@
 """Scenes drawn at run time: five textured shapes on cluttered grounds, with exact boxes and masks.
 
-Every class comes in every colour, and grounds and clutter share the colours and textures, so colour alone tells nothing;
-a class is its form and its own texture, so a small network learns it in minutes. Every twelfth picture is empty; a few objects are mostly hidden, cut by the border, or a crowd (many small ones
-in one box). Scene `index` depends on (seed, index, size) alone, not on how many are drawn: the same arguments give the
-same picture with the same versions of Pillow and numpy. `data.drawn` writes scenes to disk in the layouts of real sets.
+Every class comes in every colour, and grounds and clutter share the colours and textures, so colour alone tells
+nothing; a class is its form and its own texture, so a small network learns it in minutes. Every twelfth picture is
+empty; a few objects are mostly hidden, cut by the border, or a crowd (many small ones in one box). Scene `index` is
+a function of (seed, index, size), however many are drawn: the same arguments give the same picture with the same
+versions of Pillow and numpy. `data.drawn` writes scenes to disk in the layouts of real sets.
 """
 
 import math

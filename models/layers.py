@@ -7,8 +7,8 @@ from torch.nn import functional as F
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution, safe on a map one cell wide, where SSD's last maps end up.
 
-    With padding 1 only the kernel's middle column meets such a map, so it alone is used: the same result, less work. With
-    stride 2 torch's bf16 kernel on CPUs (seen with 2.11 and 2.15) otherwise returns memory it never wrote as the
+    With padding 1 only the kernel's middle column meets such a map, so it alone is used: the same result, less work.
+    With stride 2 torch's bf16 kernel on CPUs (seen with 2.11 and 2.15) otherwise returns memory it never wrote as the
     gradient of the weights: NaN, or worse, numbers.
     """
 
