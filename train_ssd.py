@@ -29,12 +29,15 @@ from ops.suppress import detections
 from training import checkpoints, devices, flags, log, optimizers, pictures, schedule
 from training.modes import train_mode
 
+USAGE = "python train_ssd.py --dataset-type voc --data FOLDER --model-dir RUN [flags]"
 # metrics of evaluate -> names in TensorBoard, as the source has them
 TAGS = {"loss": "Loss", "regression_loss": "Regression Loss", "classification_loss": "Classification Loss"}
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="train_ssd.py", description=__doc__, formatter_class=flags.HelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="train_ssd.py", usage=USAGE, description=__doc__, formatter_class=flags.HelpFormatter
+    )
     arg = parser.add_argument_group("data").add_argument
     arg("--dataset-type", choices=("voc", "open_images"), default="open_images", help="layout of the data")
     arg("--datasets", "--data", dest="data", nargs="+", default=["data"], help="one or more folders, joined")
@@ -79,7 +82,12 @@ def parse_args(argv):
     arg("--validation-epochs", type=flags.number(int, 1), default=1, help="validate every so many epochs")
     arg("--validation-mean-ap", action="store_true", help="validate by mAP too, not by the loss alone")
     arg("--debug-steps", type=flags.number(int, 1), default=10, help="log every so many steps")
-    arg("--log-level", choices=("debug", "info", "warning"), default="info", help="warning: faults and warnings alone")
+    arg(
+        "--log-level",
+        choices=("debug", "info", "warning"),
+        default="info",
+        help="warning: no line a step; debug: all flags",
+    )
     arg("--use-cuda", type=flags.str2bool, default=True, metavar="BOOL", help="false is --device cpu")
     flags.add_detection_arguments(parser)
     flags.add_run_arguments(parser)
@@ -147,12 +155,14 @@ def preflight(net, train_set, args, run):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, quiet = args.device if args.use_cuda else "cpu", args.log_level == "warning"
-    run = devices.setup(device, args.gpus, args.precision, args.seed, quiet)
+    run = devices.setup(args.device if args.use_cuda else "cpu", args.gpus, args.precision, args.seed)
     out, batch = Path(args.model_dir), args.batch_size
     devices.check_batch(run, batch, args.accumulate)
     measured = [*TAGS] + ["mAP", "mAP_11point"] * args.validation_mean_ap
     monitor = flags.choose_monitor(args.monitor, "mAP" if args.validation_mean_ap else "loss", measured)
+
+    if args.log_level == "debug":
+        run.say(json.dumps(vars(args), indent=1))
 
     # data
     saved = None if args.check_data else checkpoints.open_run(out, args.resume, args.overwrite, args.eval_only)
@@ -231,7 +241,8 @@ def main(argv=None):
     batches = loader.train_loader(train_set, sampler, args.workers, pin)
     class_weights = classes.class_weights(args.class_weights, net.classes)
     class_weights = class_weights and torch.tensor(class_weights, device=run.device)
-    logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args))
+    quiet = args.log_level == "warning"
+    logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), quiet)
     meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
     if run.is_main:
         (out / "labels.txt").write_text("\n".join(["BACKGROUND", *net.classes]) + "\n")

@@ -23,7 +23,7 @@ def settle(faults, bad_boxes, bad_images, say=print, most=SHOWN):
     outcome = {"box": "box dropped", "image": "picture skipped"}
     forgiven = {"box": bad_boxes == "drop", "image": bad_images == "skip"}
     fatal = [fault for fault in faults if not forgiven.get(fault.kind)]
-    lines = [str(fault) for fault in fatal]
+    lines = [str(fault) for fault in fatal] if len(fatal) > 1 else []  # a lone one is raised, and said by the script
     lines += [f"{fault} ({outcome[fault.kind]})" for fault in faults if forgiven.get(fault.kind)]
     for line in lines[:most]:
         say(line)

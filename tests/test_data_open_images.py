@@ -117,7 +117,7 @@ def test_all_faults_in_one_pass(tmp_path):
 def test_many_missing_pictures_are_one_line(tmp_path):
     told = read(open_images_root(tmp_path, [row("a"), *(row(f"no{i}") for i in range(30))]))[1]
     assert len(told) == 1
-    assert told[0].endswith("for no0, no1, no2, no3, no4, no5, no6, no7, no8, no9 and 20 more")
+    assert told[0].endswith("for no0, no1, no2 and 27 more")
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -41,7 +41,6 @@ class Run:
     precision: torch.dtype  # of the network under autocast: float32, bfloat16 or float16
     scaler: torch.amp.GradScaler  # does nothing but for float16
     seed: int
-    quiet: bool = False  # `say` says nothing
 
     @property
     def is_main(self):
@@ -49,7 +48,7 @@ class Run:
 
     def say(self, line):
         """Print a line, in the main process alone."""
-        if self.is_main and not self.quiet:
+        if self.is_main:
             print(line, flush=True)
 
     def autocast(self):
@@ -126,11 +125,11 @@ class Run:
             dist.destroy_process_group()
 
 
-def setup(device="auto", gpus="", precision="auto", seed=0, quiet=False):
+def setup(device="auto", gpus="", precision="auto", seed=0):
     """Choose device, processes and precision, seed everything, ask for deterministic kernels -> Run.
 
     device: auto, cpu, cuda, cuda:N. gpus: "" or GPU numbers by commas. precision: auto, fp32, bf16, fp16.
-    quiet: `Run.say` prints nothing. UsageError where the machine or another flag does not allow it.
+    UsageError where the machine or another flag does not allow it.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ["RANK"]) if world > 1 else 0
@@ -154,7 +153,7 @@ def setup(device="auto", gpus="", precision="auto", seed=0, quiet=False):
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes no result of ours
     scaler = torch.amp.GradScaler(chosen.type, enabled=dtype == torch.float16)
-    return Run(chosen, rank, world, numbers, dtype, scaler, seed, quiet)
+    return Run(chosen, rank, world, numbers, dtype, scaler, seed)
 
 
 def is_main():

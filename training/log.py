@@ -25,12 +25,12 @@ class Logger:
 
     total_steps: of the whole run. first_step: steps done before (a resume); what an earlier process logged of later
     ones is dropped, so each step is logged once. enabled: false in all processes but the main one; then nothing is
-    written. every: steps between two lines. flags: plain values.
+    written. every: steps between two lines. flags: plain values. quiet: files alone, no line a step and no bar.
     """
 
-    def __init__(self, folder, total_steps, first_step=0, enabled=True, every=10, flags=None):
+    def __init__(self, folder, total_steps, first_step=0, enabled=True, every=10, flags=None, quiet=False):
         self.folder, self.total_steps, self.step = Path(folder), total_steps, first_step
-        self.enabled, self.every = enabled, every
+        self.enabled, self.every, self.quiet = enabled, every, quiet
         self._bar = self._metrics = self._board = None
         self._clock = _Clock()
         if not enabled:
@@ -64,7 +64,7 @@ class Logger:
         """Yield the items of `loader`, one a step, under the run's progress bar; measures the wait for each."""
         if self._bar is None:
             # disable=None: no bar where stderr is no terminal
-            hidden = None if self.enabled else True
+            hidden = None if self.enabled and not self.quiet else True
             self._bar = tqdm(total=self.total_steps, initial=self.step, disable=hidden, unit="step", dynamic_ncols=True)
         self._clock.start()
         try:
@@ -102,7 +102,8 @@ class Logger:
         self._metrics.flush()
         for tag, value in values.items():
             self._board.add_scalar(tag, value, step)
-        self.say(_console_line(step, self.total_steps, values))
+        if not self.quiet:
+            self.say(_console_line(step, self.total_steps, values))
 
     def say(self, line):
         """Print a line above the progress bar."""
