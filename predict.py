@@ -20,9 +20,8 @@ import models
 from data import DataError
 from data.images import SUFFIXES, read_image
 from models import WeightsError
-from ops.boxes import decode
 from ops.images import normalize
-from ops.suppress import detections
+from ops.suppress import from_multibox
 from training import devices, flags, pictures
 
 
@@ -62,13 +61,21 @@ def detect(net, images, run, threshold):
     batch = torch.stack([F.resize_image(image, list(size), antialias=True) for image in images]).to(run.device)
     with run.autocast():
         outputs = net(normalize(batch, net.image_mean, net.image_std))
-    scores = outputs["logits"].float().softmax(-1)[..., 1:]
-    boxes = decode(outputs["offsets"], net.anchors(size), net.box_weights)
-    found = detections(scores, boxes, size, score_threshold=threshold)
+    found = from_multibox(outputs, net.anchors(size), net.box_weights, size, threshold)
     for image, one in zip(images, found):
         scale = [image.shape[-1] / size[1], image.shape[-2] / size[0]] * 2
         one["boxes"] = one["boxes"] * one["boxes"].new_tensor(scale)
     return [{name: value.cpu() for name, value in one.items()} for one in found]
+
+
+def free_name(folder, stem, written):
+    """FOLDER/STEM.jpg, or STEM_2.jpg ... where this run has written that: two folders may hold the same name."""
+    path, number = folder / f"{stem}.jpg", 1
+    while path in written:
+        number += 1
+        path = folder / f"{stem}_{number}.jpg"
+    written.add(path)
+    return path
 
 
 def main(argv=None):
@@ -78,7 +85,7 @@ def main(argv=None):
     names = net.classes or [f"class {label}" for label in range(net.num_classes)]
     files, out = find_pictures(args.pictures), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    results, seconds = [], 0.0
+    results, seconds, written = [], 0.0, set()
     for first in tqdm(range(0, len(files), args.batch_size), unit="batch", disable=None):
         part = files[first : first + args.batch_size]
         images = [read_image(file) for file in part]
@@ -87,16 +94,11 @@ def main(argv=None):
         seconds += time.perf_counter() - begun
         for file, image, one in zip(part, images, found):
             labels = [names[label] for label in one["labels"].tolist()]
+            boxes = [[round(side, 2) for side in box] for box in one["boxes"].tolist()]
+            scores = [round(score, 4) for score in one["scores"].tolist()]
+            results.append({"file": str(file), "boxes": boxes, "labels": labels, "scores": scores})
             drawn = pictures.draw(image, one["boxes"], one["labels"], names, one["scores"])
-            F.to_pil_image(drawn).save(out / f"{file.stem}.jpg", quality=92)
-            results.append(
-                {
-                    "file": str(file),
-                    "boxes": [[round(v, 2) for v in box] for box in one["boxes"].tolist()],
-                    "labels": labels,
-                    "scores": [round(v, 4) for v in one["scores"].tolist()],
-                }
-            )
+            F.to_pil_image(drawn).save(free_name(out, file.stem, written), quality=92)
     (out / "detections.json").write_text(json.dumps(results, indent=1) + "\n")
     boxes = sum(len(result["labels"]) for result in results)
     print(f"{len(files)} pictures at {len(files) / seconds:.1f} a second, {boxes} boxes scored above {args.threshold}")

@@ -23,9 +23,8 @@ from evaluation import score_truth
 from evaluation.voc import VOCEvaluator
 from losses import multibox
 from models import WeightsError, published, ssd
-from ops.boxes import decode
 from ops.images import normalize
-from ops.suppress import detections
+from ops.suppress import from_multibox
 from training import checkpoints, devices, flags, log, optimizers, pictures, schedule
 from training.modes import train_mode
 
@@ -73,7 +72,7 @@ def parse_args(argv):
     arg("--norm-weight-decay", type=float, help="of batch norm and biases; as --weight-decay if not given")
     arg("--scheduler", choices=("cosine", "multi-step"), default="cosine", help="learning rate over time")
     arg("--t-max", type=flags.number(float, 0.01), default=100, help="cosine: epochs until the rate is 0")
-    arg("--milestones", default="80,100", help="multi-step: epochs after which the rate falls")
+    arg("--milestones", type=flags.numbers, default="80,100", help="multi-step: epochs after which the rate falls")
     arg("--gamma", type=float, default=0.1, help="multi-step: factor at a milestone")
     arg("--warmup-steps", type=flags.number(int, 0), default=0, help="steps of linear warm-up")
 
@@ -82,12 +81,8 @@ def parse_args(argv):
     arg("--validation-epochs", type=flags.number(int, 1), default=1, help="validate every so many epochs")
     arg("--validation-mean-ap", action="store_true", help="validate by mAP too, not by the loss alone")
     arg("--debug-steps", type=flags.number(int, 1), default=10, help="log every so many steps")
-    arg(
-        "--log-level",
-        choices=("debug", "info", "warning"),
-        default="info",
-        help="warning: no line a step; debug: all flags",
-    )
+    levels = "warning: no line a step; debug: all flags too"
+    arg("--log-level", choices=("debug", "info", "warning"), default="info", help=levels)
     arg("--use-cuda", type=flags.str2bool, default=True, metavar="BOOL", help="false is --device cpu")
     flags.add_detection_arguments(parser)
     flags.add_run_arguments(parser)
@@ -111,9 +106,7 @@ def evaluate(net, batches, run, mean_ap, keep=0):
         losses = multibox.loss(outputs, goals, positives=1)
         sums += torch.stack([*losses.values(), multibox.count(goals)]).double().cpu()
         if mean_ap:
-            scores = outputs["logits"].float().softmax(-1)[..., 1:]
-            boxes = decode(outputs["offsets"], net.anchors(size), net.box_weights)
-            found = detections(scores, boxes, size)
+            found = from_multibox(outputs, net.anchors(size), net.box_weights, size)
             evaluator.update(targets, found)
             kept += list(zip(images, targets, found))[: keep - len(kept)]
     sums = run.mean(sums)
@@ -202,7 +195,7 @@ def main(argv=None):
     # schedule, in steps
     steps = functools.partial(loader.steps_in, count=len(train_set), batch_size=batch)
     total = min(steps(args.epochs), args.max_steps or steps(args.epochs))
-    milestones = [steps(float(epoch)) for epoch in args.milestones.split(",")]
+    milestones = [steps(epoch) for epoch in args.milestones]
     shape = {"total": steps(args.t_max), "milestones": milestones, "gamma": args.gamma}
     lr_factor = functools.partial(schedule.lr_factor, args.scheduler, warmup_steps=args.warmup_steps, **shape)
     scale = optimizers.batch_scale(batch, args.lr_batch_size, args.scale_lr, run.say)

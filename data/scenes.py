@@ -25,11 +25,11 @@ PALETTE = np.array(
 TEXTURES = ("dots", "checker", "stripes", "plain", "noise")  # of the classes, in their order; grounds have any
 EMPTY_EVERY = 12  # one picture in twelve (8 %) holds nothing
 CROWDED, COVERED = 0.05, 0.15  # shares of the pictures with a crowd, and with a thing put over another
-SMALLEST, LARGEST = 0.18, 0.60  # side of an object's box, in shorter sides of the picture
+SMALLEST, LARGEST = 0.22, 0.60  # side of an object's box, in shorter sides of the picture
 DIFFICULT = 0.60  # share hidden from which an object is difficult
 UNSEEN = 0.95  # share hidden from which an object is no longer annotated
 OVERSAMPLE = 4  # shapes are drawn this much larger, then reduced: smooth edges
-VERSION = 2  # raise it when the same arguments give other pictures
+VERSION = 3  # raise it when the same arguments give other pictures
 
 
 @dataclass

@@ -1,7 +1,9 @@
-"""From scores and boxes to detections."""
+"""From network outputs, scores and boxes to detections."""
 
 import torch
 from torchvision.ops import batched_nms
+
+from ops.boxes import decode
 
 
 @torch.no_grad()
@@ -25,3 +27,13 @@ def detections(scores, boxes, image_size, score_threshold=0.01, iou_threshold=0.
         kept = batched_nms(image_boxes[prior], best, label, iou_threshold)[:most]
         found.append({"boxes": image_boxes[prior[kept]], "labels": label[kept], "scores": best[kept]})
     return found
+
+
+def from_multibox(outputs, anchors, box_weights, image_size, score_threshold=0.01):
+    """SSD's raw outputs {"logits": [B,P,K+1] background first, "offsets": [B,P,4]} -> `detections` of the batch.
+
+    anchors [P,4] xyxy pixels, box_weights of the coder, image_size (h, w) of the network's input.
+    """
+    scores = outputs["logits"].float().softmax(-1)[..., 1:]
+    boxes = decode(outputs["offsets"], anchors, box_weights)
+    return detections(scores, boxes, image_size, score_threshold)

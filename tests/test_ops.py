@@ -8,7 +8,7 @@ from torchvision.ops import box_iou, nms
 from ops.boxes import decode, encode, pairwise_iou, to_centers, to_corners
 from ops.images import normalize
 from ops.matching import BACKGROUND, IGNORE, match, pad_boxes
-from ops.suppress import detections
+from ops.suppress import detections, from_multibox
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
@@ -217,3 +217,13 @@ def test_normalize():
         torch.testing.assert_close(result[:, channel], (images[:, channel].float() - mean[channel]) / std[channel])
     # what a loader hands over may lie in either order
     torch.testing.assert_close(normalize(images.contiguous(memory_format=torch.channels_last), mean, std), result)
+
+
+def test_from_multibox_takes_background_off_and_decodes():
+    anchors = torch.tensor([[10.0, 10, 30, 30], [50, 50, 90, 90]])
+    logits = torch.tensor([[[0.0, 9, 0], [9, 0, 0]]])
+    found = from_multibox({"logits": logits, "offsets": torch.zeros(1, 2, 4)}, anchors, (10, 10, 5, 5), (100, 100))
+    assert found[0]["labels"][0] == 0
+    torch.testing.assert_close(found[0]["boxes"][0], anchors[0])
+    assert found[0]["scores"][0] > 0.99
+    assert (found[0]["scores"][1:] < 0.01).all()

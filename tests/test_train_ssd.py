@@ -216,3 +216,9 @@ def test_predict_needs_no_flag_but_checkpoint_and_pictures(drawn_voc, tmp_path, 
     found = [(box, file) for result in results for box, file in zip(result["boxes"], [result["file"]] * 99)]
     assert found
     assert all(box[2] <= 400 and box[3] <= 400 for box, _ in found)
+
+
+def test_predict_keeps_pictures_of_one_name_apart(tmp_path):
+    written = set()
+    assert predict.free_name(tmp_path, "a", written).name == "a.jpg"
+    assert predict.free_name(tmp_path, "a", written).name == "a_2.jpg"

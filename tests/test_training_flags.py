@@ -171,3 +171,9 @@ def test_run_turns_mistakes_into_a_line_and_exit_2(capsys):
         assert capsys.readouterr().err == "error: a.xml: object 3: no box\n"
     with pytest.raises(ZeroDivisionError):
         flags.run(lambda: 1 / 0, DataError)
+
+
+def test_numbers():
+    assert flags.numbers("80,100.5") == [80.0, 100.5]
+    with pytest.raises(argparse.ArgumentTypeError, match="80,100"):
+        flags.numbers("80;100")

@@ -42,6 +42,14 @@ def number(kind, low, high=None):
     return convert
 
 
+def numbers(text):
+    """A `type=` for flags like `--milestones 80,100` -> list of floats."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 80,100") from None
+
+
 def str2bool(text):
     """A `type=` for flags that spell their truth out, like `--use-cuda false`."""
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
