@@ -289,6 +289,7 @@ def main(argv=None):
                 break
     run.close()
     if stop.requested:
+        run.say(f"stopped and saved at step {progress.step}; go on with --resume auto")
         raise SystemExit(stop.exit_code)
     if "mAP" in metrics:
         run.say(seen[0].table())
