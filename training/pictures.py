@@ -28,12 +28,13 @@ def draw(image, boxes, labels, classes, scores=None):
 
 
 def beside_truth(image, target, detection, classes, threshold=0.3, side=480):
-    """Ground truth on the left, detections with a score above `threshold` on the right: uint8 [3,side,2 side + 8].
+    """Ground truth on the left, detections with a score above `threshold` on the right: uint8 [3,side,2 W + 8].
 
-    image   uint8 [3,H,W]; target and detection have boxes in its pixels
+    image   uint8 [3,H,W]; target and detection have boxes in its pixels. Shown in the shape of the file, `side` high.
     """
-    scale = torch.tensor([side / image.shape[-1], side / image.shape[-2]]).repeat(2)
-    image = F.resize_image(image.as_subclass(torch.Tensor).cpu(), [side, side], antialias=True)
+    shown = [side, round(side * target["size"][1] / target["size"][0])]
+    scale = torch.tensor([shown[1] / image.shape[-1], shown[0] / image.shape[-2]]).repeat(2)
+    image = F.resize_image(image.as_subclass(torch.Tensor).cpu(), shown, antialias=True)
     sure = detection["scores"] > threshold
     boxes, labels, scores = (detection[name][sure].cpu() for name in ("boxes", "labels", "scores"))
     left = draw(image, target["boxes"].as_subclass(torch.Tensor) * scale, target["labels"], classes)
