@@ -22,12 +22,13 @@ def read_image(path):
     By Pillow: torchvision's decoders are twice as quick and to be removed.
     """
     with _opened(path) as file:
-        image = ImageOps.exif_transpose(file)
+        ImageOps.exif_transpose(file, in_place=True)
+        image = file
         if image.mode.startswith("I"):  # 16 bits a pixel; convert("RGB") would clip instead of scale
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         if "transparency" in image.info:  # else Pillow warns of it
             image = image.convert("RGBA")
-        pixels = np.array(image.convert("RGB"))  # [H,W,3]
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # [H,W,3]
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

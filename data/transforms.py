@@ -4,6 +4,10 @@ Geometry comes before colour: colour on the 300 x 300 that the network sees cost
 randomness is torch's, which the data set seeds for each sample. Everything here can be pickled, for spawned workers.
 """
 
+import itertools
+import math
+
+import numpy as np
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -119,14 +123,74 @@ def iou_crop(boxes, region, trials=40, smallest=0.3):
             return y1, x1, y2 - y1, x2 - x1
 
 
-class PhotometricDistort:
-    """SSD's colour changes by v2.RandomPhotometricDistort, on a Pillow image: half the time of its tensor kernels."""
+GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601 luma of R, G, B
+YIQ = np.array([GREY, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # luma and the plane that hue turns in
 
-    def __init__(self, p=0.5):
-        self.distort = v2.RandomPhotometricDistort(p=p)
+
+class PhotometricDistort:
+    """SSD's colour changes (as v2.RandomPhotometricDistort draws them) in one pass over the picture.
+
+    probability   of each of: brightness 0.875 to 1.125, contrast and saturation 0.5 to 1.5, hue turned by up to 1/20 of
+                  the circle, another order of R, G, B
+
+    Each is an affine map of RGB, so all of them are one 3 x 4 matrix, at a seventh of the time of one pass each. What
+    differs: values are clipped once, at the end, and hue turns in YIQ instead of HSV.
+    """
+
+    def __init__(self, probability=0.5):
+        self.probability = probability
 
     def __call__(self, image, target):
-        return tv_tensors.Image(F.pil_to_tensor(self.distort(F.to_pil_image(image)))), target
+        drawn = torch.rand(11, dtype=torch.float64).numpy()
+        happens, amount = drawn[:5] < self.probability, drawn[5:10]
+        if not happens.any():
+            return image, target
+        pixels = image.as_subclass(torch.Tensor).float().flatten(1)  # [3,HW]
+        matrix, offset = self.affine(happens, amount, drawn[10] < 0.5, pixels.mean(1).double().numpy())
+        matrix, offset = torch.from_numpy(matrix).float(), torch.from_numpy(offset).float()
+        changed = torch.addmm(offset[:, None], matrix, pixels).round_().clamp_(0, 255)
+        return tv_tensors.Image(changed.to(torch.uint8).view(image.shape)), target
+
+    @staticmethod
+    def affine(happens, amount, contrast_first, mean):
+        """(matrix [3,3], offset [3]) of the changes that happen; `mean` is the picture's mean R, G, B."""
+        brightness, contrast, saturation = 0.875 + 0.25 * amount[0], 0.5 + amount[1], 0.5 + amount[2]
+        matrix, offset = np.eye(3), np.zeros(3)
+        if happens[0]:
+            matrix = matrix * brightness
+
+        def add_contrast(matrix, offset):
+            grey = GREY @ (matrix @ mean + offset)  # contrast stretches about the mean luma
+            return contrast * matrix, contrast * offset + (1 - contrast) * grey
+
+        if happens[1] and contrast_first:
+            matrix, offset = add_contrast(matrix, offset)
+        if happens[2]:
+            change = saturation * np.eye(3) + (1 - saturation) * GREY  # every row: towards the pixel's luma
+            matrix, offset = change @ matrix, change @ offset
+        if happens[3]:
+            angle = 2 * math.pi * 0.05 * (2 * amount[3] - 1)
+            turn = np.array([[1, 0, 0], [0, math.cos(angle), -math.sin(angle)], [0, math.sin(angle), math.cos(angle)]])
+            change = np.linalg.solve(YIQ, turn @ YIQ)
+            matrix, offset = change @ matrix, change @ offset
+        if happens[1] and not contrast_first:
+            matrix, offset = add_contrast(matrix, offset)
+        if happens[4]:
+            order = list(itertools.permutations(range(3)))[int(6 * amount[4])]
+            matrix, offset = matrix[list(order)], offset[list(order)]
+        return matrix, offset
+
+
+class HorizontalFlip:
+    """v2.RandomHorizontalFlip without its search of the target for what to flip, which costs more than the flip."""
+
+    def __init__(self, probability=0.5):
+        self.probability = probability
+
+    def __call__(self, image, target):
+        if torch.rand(()) >= self.probability:
+            return image, target
+        return F.horizontal_flip(image), target | {"boxes": F.horizontal_flip(target["boxes"])}
 
 
 class Chain:
@@ -145,7 +209,7 @@ def ssd_train(size, fill, zoom_out=0.5, largest_canvas=4.0, iou_crop=1.0, colour
     """SSD's training augmentation to (h, w): probabilities, and the largest canvas to zoom out to, in picture sides."""
     return Chain(
         ZoomOrCrop(size, zoom_out, largest_canvas, iou_crop, fill=tuple(round(v) for v in fill)),
-        v2.RandomHorizontalFlip(0.5),
+        HorizontalFlip(),
         PhotometricDistort(colour),
     )
 

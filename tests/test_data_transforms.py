@@ -1,12 +1,14 @@
 """Paired transforms: boxes stay on their pixels, crops obey SSD's rules, all fields of an object stay together."""
 
+import numpy as np
 import pytest
 import torch
 from torchvision import tv_tensors
 from torchvision.ops import box_iou
+from torchvision.transforms.v2 import functional as F
 
 from data import transforms
-from data.transforms import PhotometricDistort, ZoomOrCrop, iou_crop, keep_objects
+from data.transforms import HorizontalFlip, PhotometricDistort, ZoomOrCrop, iou_crop, keep_objects
 
 GROUND = 40  # grey of the ground; objects have two strong channels
 
@@ -195,3 +197,44 @@ def test_colour_changes_leave_boxes_alone():
         assert isinstance(changed, tv_tensors.Image) and changed.shape == image.shape and changed.dtype == torch.uint8
         assert not torch.equal(changed, image)
     assert torch.equal(PhotometricDistort(0.0)(image, target)[0], image)
+
+
+def test_flip_twice_is_the_identity_and_moves_boxes_with_the_pixels():
+    image = tv_tensors.Image(torch.randint(0, 255, (3, 20, 30), dtype=torch.uint8))
+    boxes = tv_tensors.BoundingBoxes([[2.0, 3, 10, 9]], format="XYXY", canvas_size=(20, 30))
+    target = {"boxes": boxes, "labels": torch.tensor([1]), "ignore": torch.tensor([False])}
+    flip = HorizontalFlip(1.0)
+    once, moved = flip(image, target)
+    assert torch.equal(once[:, 3:9, 20:28], image[:, 3:9, 2:10].flip(-1))
+    assert moved["boxes"].tolist() == [[20.0, 3, 28, 9]]
+    again, back = flip(once, moved)
+    assert torch.equal(again, image)
+    assert torch.equal(back["boxes"], boxes)
+    assert torch.equal(HorizontalFlip(0.0)(image, target)[0], image)
+
+
+@pytest.mark.parametrize(
+    ("which", "amount", "reference"),
+    [
+        (0, 0.2, lambda image: F.adjust_brightness(image, 0.925)),
+        (1, 0.9, lambda image: F.adjust_contrast(image, 1.4)),
+        (2, 0.1, lambda image: F.adjust_saturation(image, 0.6)),
+        (4, 0.4, lambda image: image[[1, 0, 2]]),
+    ],
+)
+def test_each_colour_change_is_torchvisions(which, amount, reference):
+    image = torch.randint(40, 200, (3, 16, 16), dtype=torch.uint8)  # far from where clipping would differ
+    happens, amounts = np.arange(5) == which, np.full(5, amount)
+    pixels = image.float().flatten(1)
+    matrix, offset = PhotometricDistort.affine(happens, amounts, True, pixels.mean(1).double().numpy())
+    ours = torch.from_numpy(matrix).float() @ pixels + torch.from_numpy(offset).float()[:, None]
+    torch.testing.assert_close(ours.clamp(0, 255), reference(image).float().flatten(1), atol=1.5, rtol=0)
+
+
+def test_hue_keeps_grey_and_luma():
+    happens = np.arange(5) == 3
+    matrix, offset = PhotometricDistort.affine(happens, np.full(5, 1.0), True, np.zeros(3))
+    np.testing.assert_allclose(matrix @ np.ones(3), np.ones(3), atol=1e-9)
+    np.testing.assert_allclose(np.array([0.299, 0.587, 0.114]) @ matrix, [0.299, 0.587, 0.114], atol=1e-9)
+    assert np.abs(matrix - np.eye(3)).max() > 0.1
+    assert not offset.any()
