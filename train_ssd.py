@@ -34,9 +34,7 @@ TAGS = {"loss": "Loss", "regression_loss": "Regression Loss", "classification_lo
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        prog="train_ssd.py", usage=USAGE, description=__doc__, formatter_class=flags.HelpFormatter
-    )
+    parser = argparse.ArgumentParser("train_ssd.py", USAGE, __doc__, formatter_class=flags.HelpFormatter)
     arg = parser.add_argument_group("data").add_argument
     arg("--dataset-type", choices=("voc", "open_images"), default="open_images", help="layout of the data")
     arg("--datasets", "--data", dest="data", nargs="+", default=["data"], help="one or more folders, joined")
@@ -91,9 +89,10 @@ def parse_args(argv):
 
 @torch.no_grad()
 def evaluate(net, batches, run, mean_ap, keep=0):
-    """Losses over a validation set and, if `mean_ap`, AP -> (metrics, evaluator, first `keep` (image, target, found)).
+    """Losses over a validation set and, if `mean_ap`, AP -> (metrics, evaluator, [(image, target, found)] to look at).
 
     Batch norm statistics stay untouched. Every process takes its share of the pictures, all get the same metrics.
+    keep: the first so many pictures with objects come back.
     """
     evaluator, kept = VOCEvaluator(net.classes), []
     sums = torch.zeros(3, dtype=torch.float64)  # regression loss, classification loss, positives
@@ -108,7 +107,8 @@ def evaluate(net, batches, run, mean_ap, keep=0):
         if mean_ap:
             found = from_multibox(outputs, net.anchors(size), net.box_weights, size)
             evaluator.update(targets, found)
-            kept += list(zip(images, targets, found))[: keep - len(kept)]
+            samples = [sample for sample in zip(images, targets, found) if len(sample[1]["labels"])]
+            kept += samples[: keep - len(kept)]
     sums = run.mean(sums)
     regression, classification = (sums[:2] / sums[2].clamp(min=1 / run.world)).tolist()
     metrics = dict(zip(TAGS, (regression + classification, regression, classification)))
@@ -208,12 +208,8 @@ def main(argv=None):
         for line in checkpoints.changed(saved["flags"], vars(args)):
             run.say(f"  changed: {line}")
     about = {"architecture": net.name, "arguments": net.arguments, "classes": net.classes, "image_size": size}
-    about |= {
-        "num_classes": net.num_classes,
-        "image_mean": net.image_mean,
-        "image_std": net.image_std,
-        "flags": vars(args),
-    }
+    about |= {"image_mean": net.image_mean, "image_std": net.image_std}
+    about |= {"num_classes": net.num_classes, "flags": vars(args)}
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
     run.say(f"{net.name}, {args.resolution} pixels, {parameters:.1f} M parameters, {devices.describe(run)}")
     if args.preflight:
@@ -224,6 +220,7 @@ def main(argv=None):
         if run.is_main:
             evaluator.write_tables(out)
         run.say(json.dumps(metrics, indent=1) + f"\n{out}/per_class.csv and confusion.csv written")
+        run.close()
         return metrics
 
     # train

@@ -1,6 +1,7 @@
 """The training and validation set of a detector, from any 2D layout, with their faults settled."""
 
 from functools import partial
+from pathlib import Path
 
 from data import check, open_images, voc
 from data.classes import agree_on_classes
@@ -18,6 +19,9 @@ def load(layout, roots, voc_offset=1, seed=0, trained=None, remap_by_name=False)
 
     Raises DataError where a folder is no such set or the classes do not agree.
     """
+    for root in roots:
+        if not Path(root).is_dir():
+            raise DataError(root, "", "no such folder; give --data the folder that holds the set")
     read = partial(voc.load, offset=voc_offset) if layout == "voc" else LAYOUTS[layout]
     faults = []
     train = read(roots, "train", faults=faults, seed=seed)
