@@ -125,6 +125,8 @@ def iou_crop(boxes, region, trials=40, smallest=0.3):
 
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601 luma of R, G, B
 YIQ = np.array([GREY, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # luma and the plane that hue turns in
+FROM_YIQ = np.linalg.inv(YIQ)
+ORDERS = np.array(list(itertools.permutations(range(3))))  # of R, G, B
 
 
 class PhotometricDistort:
@@ -145,10 +147,10 @@ class PhotometricDistort:
         happens, amount = drawn[:5] < self.probability, drawn[5:10]
         if not happens.any():
             return image, target
-        pixels = image.as_subclass(torch.Tensor).float().flatten(1)  # [3,HW]
+        pixels = image.as_subclass(torch.Tensor).flatten(1).float()  # [3,HW]
         matrix, offset = self.affine(happens, amount, drawn[10] < 0.5, pixels.mean(1).double().numpy())
-        matrix, offset = torch.from_numpy(matrix).float(), torch.from_numpy(offset).float()
-        changed = torch.addmm(offset[:, None], matrix, pixels).round_().clamp_(0, 255)
+        matrix, offset = torch.from_numpy(matrix).float(), torch.from_numpy(offset).float() + 0.5  # to round
+        changed = torch.addmm(offset[:, None], matrix, pixels).clamp_(0, 255)
         return tv_tensors.Image(changed.to(torch.uint8).view(image.shape)), target
 
     @staticmethod
@@ -171,13 +173,13 @@ class PhotometricDistort:
         if happens[3]:
             angle = 2 * math.pi * 0.05 * (2 * amount[3] - 1)
             turn = np.array([[1, 0, 0], [0, math.cos(angle), -math.sin(angle)], [0, math.sin(angle), math.cos(angle)]])
-            change = np.linalg.solve(YIQ, turn @ YIQ)
+            change = FROM_YIQ @ turn @ YIQ
             matrix, offset = change @ matrix, change @ offset
         if happens[1] and not contrast_first:
             matrix, offset = add_contrast(matrix, offset)
         if happens[4]:
-            order = list(itertools.permutations(range(3)))[int(6 * amount[4])]
-            matrix, offset = matrix[list(order)], offset[list(order)]
+            order = ORDERS[int(6 * amount[4])]
+            matrix, offset = matrix[order], offset[order]
         return matrix, offset
 
 

@@ -77,5 +77,8 @@ def hardest(logits, labels, negatives_each):
     background_loss = torch.logsumexp(logits, -1) - logits[..., 0]  # [B,P]
     background_loss = background_loss.masked_fill(labels != 0, -1)  # a loss is never below 0
     wanted = (labels > 0).sum(1, keepdim=True).clamp(min=1) * negatives_each  # [B,1]
-    rank = background_loss.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
+    order = background_loss.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return (rank < wanted) & (labels == 0)

@@ -9,4 +9,4 @@ def normalize(images, mean, std):
     Pictures cross to the device as uint8, a quarter of the bytes of float32, and become numbers there.
     """
     mean, std = (torch.tensor(v, dtype=torch.float32, device=images.device).view(3, 1, 1) for v in (mean, std))
-    return (images.contiguous(memory_format=torch.channels_last) - mean) / std
+    return images.contiguous(memory_format=torch.channels_last).float().sub_(mean).div_(std)
