@@ -17,6 +17,9 @@ def draw(image, boxes, labels, classes, scores=None):
     """`image` uint8 [3,H,W] with boxes [M,4] xyxy pixels, each with its class and, if given, its score."""
     if not len(boxes):
         return image
+    if scores is not None:
+        order = scores.argsort()  # the surest is drawn last, over the others
+        boxes, labels, scores = boxes[order], labels[order], scores[order]
     texts = [classes[label] for label in labels.tolist()]
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
