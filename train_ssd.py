@@ -132,8 +132,7 @@ def log_evaluation(logger, step, metrics, evaluator, kept):
 
 def preflight(net, train_set, args, run):
     """The batch with the most boxes forward, backward and through evaluation, then the peaks of memory."""
-    fullest = sorted(range(len(train_set)), key=lambda i: train_set.first[i] - train_set.first[i + 1])
-    images, targets = loader.collate([train_set[i] for i in (fullest * args.batch_size)[: args.batch_size]])
+    images, targets = loader.collate([train_set[i] for i in train_set.fullest(args.batch_size)])
     goals = multibox.assign(net.anchors(images.shape[-2:]), targets, net.box_weights, args.match_iou)
     pixels = normalize(images.to(run.device), net.image_mean, net.image_std)
     for part, part_goals in multibox.pieces(args.accumulate, pixels, goals):
@@ -264,7 +263,7 @@ def main(argv=None):
             progress.epoch = epoch or progress.epoch
             stopping = run.any(stop.requested)
             saving = epoch or stopping or schedule.due(step, args.save_every_steps, total) or step == total
-            if saving or schedule.due(step, args.debug_steps, total):
+            if saving or logger.due(step):
                 losses = log.read_losses(meter, run, optimizer, out)
                 values = {TAGS[name] + "/train": value for name, value in losses.items()}
                 values["lr"] = optimizer.param_groups[-1]["lr"]

@@ -25,7 +25,7 @@ from training import devices
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="VOC folder; default: 64 drawn pictures of 500 x 375, VOC's usual size")
+    parser.add_argument("--data", help="VOC folder; default: drawn pictures of 500 x 375, VOC's usual size")
     parser.add_argument("--nets", nargs="+", default=["mb1-ssd", "vgg16-ssd"], choices=sorted(models.ARCHITECTURES))
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15, help="pairs of steps; the quickest of each kind counts")
@@ -33,10 +33,10 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def seconds(run, work):
+def seconds(run, work, *arguments):
     devices.synchronize(run.device)
     begun = time.perf_counter()
-    work()
+    work(*arguments)
     devices.synchronize(run.device)
     return time.perf_counter() - begun
 
@@ -74,7 +74,7 @@ def step_ratio(name, dataset, batch_size, rounds, run):
     times = {full: [], bare: []}
     for i in range(rounds + 2):
         for work in (full, bare) if i % 2 else (bare, full):
-            took = seconds(run, lambda work=work, i=i: work(i))
+            took = seconds(run, work, i)
             if i >= 2:  # the first rounds warm up
                 times[work].append(took)
         if i >= 6 and sum(times[full]) + sum(times[bare]) > 60:

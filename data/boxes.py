@@ -158,6 +158,10 @@ class BoxDataset(Dataset):
         weights[weights == 0] = np.median(weights[weights > 0]) if len(pairs) else 1
         return weights / weights.sum()
 
+    def fullest(self, count):
+        """int64 [count], the pictures with the most objects; from the first again where there are fewer pictures."""
+        return np.resize(np.argsort(-np.diff(self.first), kind="stable"), count)
+
     def summary(self):
         """Two lines for the console: pictures, objects and background; objects of each class."""
         empty = int((np.diff(self.first) == 0).sum())

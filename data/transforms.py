@@ -31,7 +31,7 @@ class ZoomOrCrop:
     iou_crop        probability of trying an IoU crop at all
     fill            colour of the canvas around the picture (R, G, B), 0..255
 
-    The same distribution as v2.RandomZoomOut and v2.RandomIoUCrop one after the other, at a tenth of their time: they
+    The same distribution as v2.RandomZoomOut and v2.RandomIoUCrop one after the other, at a sixth of their time: they
     build the canvas, up to 16 times the photo, only to shrink it again, and try one crop at a time. Objects whose
     centre falls outside or that come out thinner than a pixel are left out.
     """
@@ -203,7 +203,7 @@ class Chain:
 
     def __call__(self, image, target):
         for transform in self.transforms:
-            image, target = transform(image, dict(target))
+            image, target = transform(image, target)
         return image, target
 
 

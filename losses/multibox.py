@@ -78,7 +78,6 @@ def hardest(logits, labels, negatives_each):
     background_loss = background_loss.masked_fill(labels != 0, -1)  # a loss is never below 0
     wanted = (labels > 0).sum(1, keepdim=True).clamp(min=1) * negatives_each  # [B,1]
     order = background_loss.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
     return (rank < wanted) & (labels == 0)

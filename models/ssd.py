@@ -213,10 +213,6 @@ def box_shapes(low, high, ratios):
     return torch.tensor(shapes, dtype=torch.float64)
 
 
-def conv3x3(inputs, outputs):
-    return layers.Conv3x3(inputs, outputs)
-
-
 def conv1x1(inputs, outputs):
     return nn.Conv2d(inputs, outputs, 1)
 
@@ -255,8 +251,8 @@ def mb1_ssd(num_classes, box_sizes=None):
         ],
         taps=(12, 14),
         channels=(512, 1024, 512, 256, 256, 256),
-        head=conv3x3,
-        last_head=conv3x3,
+        head=layers.Conv3x3,
+        last_head=layers.Conv3x3,
         sizes=box_sizes or MOBILE_SIZES,
     )
     return named(net, "mb1-ssd", (127, 127, 127), (128, 128, 128))
@@ -335,8 +331,8 @@ def vgg16_ssd(num_classes, box_sizes=None):
         ],
         taps=(23, 35),
         channels=(512, 1024, 512, 256, 256, 256),
-        head=conv3x3,
-        last_head=conv3x3,
+        head=layers.Conv3x3,
+        last_head=layers.Conv3x3,
         sizes=box_sizes or VGG_SIZES,
         strides=VGG_STRIDES,
         ratios=VGG_RATIOS,

@@ -208,3 +208,12 @@ def test_class_weights():
     for text in ("c=1", "a", "a=x", "a=nan", "a=-1", "a=1,,"):
         with pytest.raises(DataError, match="write NAME=NUMBER; names: a, b"):
             class_weights(text, ["a", "b"])
+
+
+def test_fullest_pictures_come_first_and_come_again(drawn_voc):
+    dataset = voc.load([drawn_voc], "train")
+    counts = [len(dataset.annotation(i)["labels"]) for i in range(len(dataset))]
+    chosen = dataset.fullest(len(dataset) + 2).tolist()
+    assert sorted(chosen[:-2]) == list(range(len(dataset)))
+    assert [counts[i] for i in chosen[:-2]] == sorted(counts, reverse=True)
+    assert chosen[-2:] == chosen[:2]

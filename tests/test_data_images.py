@@ -20,7 +20,7 @@ def pixels():
     return np.stack([4 * y + x, 240 - 3 * x, 30 + 2 * x + y], axis=2).astype(np.uint8)
 
 
-def read(path, difference, expected):
+def assert_reads(path, difference, expected):
     """The picture, after checking its form and that it lies within `difference` (mean) of `expected` [H,W,3]."""
     image = read_image(path)
     assert image.dtype == torch.uint8
@@ -34,7 +34,7 @@ def read(path, difference, expected):
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.tif", "a.webp"])
 def test_rgb(tmp_path, pixels, name):
     Image.fromarray(pixels).save(tmp_path / name)
-    read(tmp_path / name, {"a.jpg": 3, "a.webp": 3}.get(name, 0), pixels)
+    assert_reads(tmp_path / name, {"a.jpg": 3, "a.webp": 3}.get(name, 0), pixels)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -55,14 +55,14 @@ def test_exif_turns_the_picture_upright(tmp_path, pixels, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / f"a.{suffix}", exif=exif)
-    read(tmp_path / f"a.{suffix}", 3 if suffix == "jpg" else 0, pixels)
+    assert_reads(tmp_path / f"a.{suffix}", 3 if suffix == "jpg" else 0, pixels)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
 def test_grey(tmp_path, pixels, name):
     grey = pixels[..., 0]
     Image.fromarray(grey).save(tmp_path / name)
-    image = read(tmp_path / name, 2 if name == "a.jpg" else 0, np.stack([grey] * 3, axis=2))
+    image = assert_reads(tmp_path / name, 2 if name == "a.jpg" else 0, np.stack([grey] * 3, axis=2))
     assert (image[0] == image[1]).all() and (image[1] == image[2]).all()
 
 
@@ -72,7 +72,7 @@ def test_grey(tmp_path, pixels, name):
 def test_palette(tmp_path, pixels, name, options):
     image = Image.fromarray(pixels).quantize(64)
     image.save(tmp_path / name, **(options if name == "a.png" else {}))
-    read(tmp_path / name, 0, np.array(image.convert("RGB")))
+    assert_reads(tmp_path / name, 0, np.array(image.convert("RGB")))
 
 
 def test_real_palette_gif(shared):
@@ -84,22 +84,22 @@ def test_real_palette_gif(shared):
 def test_rgba_drops_its_transparency(tmp_path, pixels):
     alpha = np.full((HEIGHT, WIDTH, 1), 7, dtype=np.uint8)
     Image.fromarray(np.concatenate([pixels, alpha], axis=2)).save(tmp_path / "a.png")
-    read(tmp_path / "a.png", 0, pixels)
+    assert_reads(tmp_path / "a.png", 0, pixels)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 def test_16_bits_become_8_by_their_high_byte(tmp_path, pixels, name):
     deep = pixels[..., 0].astype(np.uint16) * 256 + 255
     Image.fromarray(deep).save(tmp_path / name)
-    read(tmp_path / name, 0, np.stack([pixels[..., 0]] * 3, axis=2))
+    assert_reads(tmp_path / name, 0, np.stack([pixels[..., 0]] * 3, axis=2))
 
 
 def test_cmyk_jpeg(tmp_path, pixels):
     Image.fromarray(pixels).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
-    read(tmp_path / "a.jpg", 3, pixels)
+    assert_reads(tmp_path / "a.jpg", 3, pixels)
 
 
-def refused(path, *parts):
+def assert_refused(path, *parts):
     for function in (read_image, image_size):
         with pytest.raises(DataError) as caught:
             function(path)
@@ -110,17 +110,17 @@ def refused(path, *parts):
 
 
 def test_what_is_no_picture_is_said_in_one_line(tmp_path):
-    refused(tmp_path / "gone.jpg", "No such file")
+    assert_refused(tmp_path / "gone.jpg", "No such file")
     (tmp_path / "empty.jpg").write_bytes(b"")
-    refused(tmp_path / "empty.jpg", "no picture format", "mend or replace it")
+    assert_refused(tmp_path / "empty.jpg", "no picture format", "mend or replace it")
     (tmp_path / "page.png").write_text("<html>not found</html>")
-    refused(tmp_path / "page.png", "no picture format")
+    assert_refused(tmp_path / "page.png", "no picture format")
     (tmp_path / "folder.jpg").mkdir()
-    refused(tmp_path / "folder.jpg", "directory")
+    assert_refused(tmp_path / "folder.jpg", "directory")
 
 
 def test_lfs_pointer(shared):
-    refused(shared / "data/bad_inputs/lfs_pointers/image.jpg", "git-LFS pointer", "git lfs pull")
+    assert_refused(shared / "data/bad_inputs/lfs_pointers/image.jpg", "git-LFS pointer", "git lfs pull")
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")

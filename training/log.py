@@ -123,9 +123,8 @@ class Logger:
         precision, recall = (torch.as_tensor(x).double().cpu().numpy() for x in (precision, recall))
         if len(recall) == 0:
             precision = recall = np.zeros(1)
-        chosen = (
-            np.linspace(len(recall) - 1, 0, CURVE_POINTS).round().astype(int)
-        )  # TensorBoard wants rising thresholds
+        # From the end, for TensorBoard wants rising thresholds.
+        chosen = np.linspace(len(recall) - 1, 0, CURVE_POINTS).round().astype(int)
         precision, recall = precision[chosen], recall[chosen]
         # It cuts the curve where no detection is counted, so give counts that agree with the two: of 1000 truths.
         hits = np.maximum(1000 * recall, 1)
