@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 import models
-from data import DataError, classes, detection, loader, transforms
+from data import DataError, check, classes, detection, loader, transforms
 from evaluation import score_truth
 from evaluation.voc import VOCEvaluator
-from losses import multibox
+from losses import assignment, multibox
 from models import WeightsError, published, ssd
 from ops.images import normalize
 from ops.suppress import from_multibox
@@ -36,10 +36,8 @@ TAGS = {"loss": "Loss", "regression_loss": "Regression Loss", "classification_lo
 def parse_args(argv):
     parser = argparse.ArgumentParser("train_ssd.py", USAGE, __doc__, formatter_class=flags.HelpFormatter)
     arg = parser.add_argument_group("data").add_argument
-    arg("--dataset-type", choices=("voc", "open_images"), default="open_images", help="layout of the data")
+    arg("--dataset-type", choices=tuple(detection.LAYOUTS), default="open_images", help="layout of the data")
     arg("--datasets", "--data", dest="data", nargs="+", default=["data"], help="one or more folders, joined")
-    arg("--batch-size", type=flags.number(int, 1), default=4, help="pictures a step, over all processes")
-    arg("--num-workers", "--workers", dest="workers", type=flags.number(int, 0), default=2, help="loader processes")
     arg("--zoom-out", type=float, default=0.5, help="augmentation: chance of zooming out")
     arg("--largest-canvas", type=flags.number(float, 1), default=4.0, help="augmentation: picture sides to zoom out to")
     arg("--iou-crop", type=float, default=1.0, help="augmentation: chance of trying an IoU crop")
@@ -58,41 +56,27 @@ def parse_args(argv):
     arg("--freeze-base-net", action="store_true", help="train the extra layers and heads alone")
     arg("--freeze-net", action="store_true", help="train the heads alone")
 
-    arg = parser.add_argument_group("optimisation").add_argument
-    arg("--num-epochs", "--epochs", dest="epochs", type=flags.number(int, 1), default=30, help="times through the data")
-    arg("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd", help="update rule")
+    arg = parser.add_argument_group("learning rate").add_argument
     arg("--learning-rate", "--lr", dest="lr", type=float, default=0.01, help="of the heads")
     arg("--base-net-lr", type=float, default=0.001, help="of the base net")
     arg("--extra-layers-lr", type=float, help="of the extra layers; as --lr if not given")
-    arg("--lr-batch-size", type=int, default=0, help="batch size that the rates were chosen for, see --scale-lr")
-    arg("--momentum", type=float, default=0.9, help="of sgd")
-    arg("--weight-decay", type=float, default=5e-4, help="of weights")
-    arg("--norm-weight-decay", type=float, help="of batch norm and biases; as --weight-decay if not given")
     arg("--scheduler", choices=("cosine", "multi-step"), default="cosine", help="learning rate over time")
-    arg("--t-max", type=flags.number(float, 0.01), default=100, help="cosine: epochs until the rate is 0")
-    arg("--milestones", type=flags.numbers, default="80,100", help="multi-step: epochs after which the rate falls")
-    arg("--gamma", type=float, default=0.1, help="multi-step: factor at a milestone")
-    arg("--warmup-steps", type=flags.number(int, 0), default=0, help="steps of linear warm-up")
-
-    arg = parser.add_argument_group("output").add_argument
-    arg("--checkpoint-folder", "--model-dir", dest="model_dir", default="models/", help="run folder")
-    arg("--validation-epochs", type=flags.number(int, 1), default=1, help="validate every so many epochs")
-    arg("--validation-mean-ap", action="store_true", help="validate by mAP too, not by the loss alone")
-    arg("--debug-steps", type=flags.number(int, 1), default=10, help="log every so many steps")
-    levels = "warning: no line a step; debug: all flags too"
-    arg("--log-level", choices=("debug", "info", "warning"), default="info", help=levels)
     arg("--use-cuda", type=flags.str2bool, default=True, metavar="BOOL", help="false is --device cpu")
+    arg("--validation-mean-ap", action="store_true", help="validate by mAP too, not by the loss alone")
     flags.add_detection_arguments(parser)
+    flags.add_data_arguments(parser)
     flags.add_run_arguments(parser)
+    parser.set_defaults(model_dir="models/", t_max=100.0, milestones="80,100")
     return flags.parse(parser, argv)
 
 
 @torch.no_grad()
-def evaluate(net, batches, run, mean_ap, keep=0):
+def evaluate(net, batches, run, mean_ap, assign, criterion, keep=0):
     """Losses over a validation set and, if `mean_ap`, AP -> (metrics, evaluator, [(image, target, found)] to look at).
 
     Batch norm statistics stay untouched. Every process takes its share of the pictures, all get the same metrics.
-    keep: the first so many pictures with objects come back.
+    assign, criterion: assignment.assign and multibox.loss with the run's settings. keep: the first so many pictures
+    with objects come back.
     """
     evaluator, kept = VOCEvaluator(net.classes), []
     sums = torch.zeros(3, dtype=torch.float64)  # regression loss, classification loss, positives
@@ -101,9 +85,9 @@ def evaluate(net, batches, run, mean_ap, keep=0):
         size = tuple(images.shape[-2:])
         with run.autocast():
             outputs = net(normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std))
-        goals = multibox.assign(net.anchors(size), targets, net.box_weights)
-        losses = multibox.loss(outputs, goals, positives=1)
-        sums += torch.stack([*losses.values(), multibox.count(goals)]).double().cpu()
+        goals = assign(net.anchors(size), targets, net.box_weights)
+        losses = criterion(outputs, goals, positives=1)
+        sums += torch.stack([*losses.values(), assignment.count(goals)]).double().cpu()
         if mean_ap:
             found = from_multibox(outputs, net.anchors(size), net.box_weights, size)
             evaluator.update(targets, found)
@@ -130,16 +114,16 @@ def log_evaluation(logger, step, metrics, evaluator, kept):
         logger.images(f"Truth left, predictions right/{number}", beside, step)
 
 
-def preflight(net, train_set, args, run):
+def preflight(net, train_set, args, run, assign, criterion):
     """The batch with the most boxes forward, backward and through evaluation, then the peaks of memory."""
     images, targets = loader.collate([train_set[i] for i in train_set.fullest(args.batch_size)])
-    goals = multibox.assign(net.anchors(images.shape[-2:]), targets, net.box_weights, args.match_iou)
+    goals = assign(net.anchors(images.shape[-2:]), targets, net.box_weights)
     pixels = normalize(images.to(run.device), net.image_mean, net.image_std)
-    for part, part_goals in multibox.pieces(args.accumulate, pixels, goals):
+    for part, part_goals in assignment.pieces(args.accumulate, pixels, goals):
         with run.autocast():
             outputs = net(part)
-        sum(multibox.loss(outputs, part_goals, positives=1).values()).backward()
-    evaluate(net, [(images, targets)], run, mean_ap=True)
+        sum(criterion(outputs, part_goals, positives=1).values()).backward()
+    evaluate(net, [(images, targets)], run, True, assign, criterion)
     boxes = sum(len(target["labels"]) for target in targets)
     run.say(f"preflight: {len(images)} pictures at {args.resolution} pixels, {boxes} boxes")
     run.say(devices.memory_peaks(run, args.workers, images.nbytes))
@@ -158,10 +142,12 @@ def main(argv=None):
 
     # data
     saved = None if args.check_data else checkpoints.open_run(out, args.resume, args.overwrite, args.eval_only)
-    layout = (args.dataset_type, args.data, args.voc_offset, args.seed)
-    *sets, faults = detection.load(*layout, saved and saved["classes"], args.remap_by_name)
+    names = {"coco_sets": (args.coco_train, args.coco_val), "voc_offset": args.voc_offset}
+    names["csv_files"] = (args.csv_train, args.csv_val, args.csv_classes)
+    trained = {"trained": saved and saved["classes"], "remap_by_name": args.remap_by_name}
+    *sets, faults = detection.load(args.dataset_type, args.data, seed=args.seed, **trained, **names)
     if args.check_data:
-        return detection.check_data(*sets, faults, args.workers, out / "data_faults.json", run.say)
+        return check.check_data(*sets, faults, args.workers, out / "data_faults.json", run.say)
     train_set, val_set = detection.settle(*sets, faults, args.bad_boxes, args.bad_images, args.workers, run.say)
     truth = score_truth(VOCEvaluator(val_set.classes), val_set)
     run.say(f"ground truth scored as predictions: mAP {truth['mAP']:.3f}")
@@ -181,6 +167,12 @@ def main(argv=None):
     pin = run.device.type == "cuda"
     val_batches = loader.evaluation_loader(val_set, batch, args.workers, run.rank, run.world, pin)
 
+    # loss
+    class_weights = classes.class_weights(args.class_weights, net.classes)
+    class_weights = class_weights and torch.tensor(class_weights, device=run.device)
+    assign = functools.partial(assignment.assign, threshold=args.match_iou)
+    criterion = functools.partial(multibox.loss, class_weights=class_weights)
+
     # optimiser
     frozen = [net.base_net] * (args.freeze_base_net or args.freeze_net)
     frozen += [net.extras, net.source_layer_add_ons] * args.freeze_net
@@ -195,7 +187,7 @@ def main(argv=None):
     steps = functools.partial(loader.steps_in, count=len(train_set), batch_size=batch)
     total = min(steps(args.epochs), args.max_steps or steps(args.epochs))
     milestones = [steps(epoch) for epoch in args.milestones]
-    shape = {"total": steps(args.t_max), "milestones": milestones, "gamma": args.gamma}
+    shape = {"total": steps(args.t_max or args.epochs), "milestones": milestones, "gamma": args.gamma}
     lr_factor = functools.partial(schedule.lr_factor, args.scheduler, warmup_steps=args.warmup_steps, **shape)
     scale = optimizers.batch_scale(batch, args.lr_batch_size, args.scale_lr, run.say)
 
@@ -206,16 +198,14 @@ def main(argv=None):
         checkpoints.restore(saved, state, progress)
         for line in checkpoints.changed(saved["flags"], vars(args)):
             run.say(f"  changed: {line}")
-    about = {"architecture": net.name, "arguments": net.arguments, "classes": net.classes, "image_size": size}
-    about |= {"image_mean": net.image_mean, "image_std": net.image_std}
-    about |= {"num_classes": net.num_classes, "flags": vars(args)}
+    about = {**models.describe(net), "image_size": size, "flags": vars(args)}
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
     run.say(f"{net.name}, {args.resolution} pixels, {parameters:.1f} M parameters, {devices.describe(run)}")
     if args.preflight:
-        return preflight(net, train_set, args, run)
+        return preflight(net, train_set, args, run, assign, criterion)
     if args.eval_only:
         with ema.applied(net):
-            metrics, evaluator, _ = evaluate(net, val_batches, run, mean_ap=True)
+            metrics, evaluator, _ = evaluate(net, val_batches, run, True, assign, criterion)
         if run.is_main:
             evaluator.write_tables(out)
         run.say(json.dumps(metrics, indent=1) + f"\n{out}/per_class.csv and confusion.csv written")
@@ -228,8 +218,6 @@ def main(argv=None):
     balance = train_set.balance_weights() if args.balance_data else None
     sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, run.rank, run.world, balance)
     batches = loader.train_loader(train_set, sampler, args.workers, pin)
-    class_weights = classes.class_weights(args.class_weights, net.classes)
-    class_weights = class_weights and torch.tensor(class_weights, device=run.device)
     quiet = args.log_level == "warning"
     logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), quiet)
     meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
@@ -242,12 +230,12 @@ def main(argv=None):
                 group["lr"] = group["base_lr"] * scale * lr_factor(step - 1)
 
             images = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std)
-            goals = multibox.assign(net.anchors(size), targets, net.box_weights, args.match_iou)
-            positives = run.mean(multibox.count(goals)).clamp(min=1 / run.world)  # at least one in all
-            for part, part_goals in multibox.pieces(args.accumulate, images, goals):
+            goals = assign(net.anchors(size), targets, net.box_weights)
+            positives = run.mean(assignment.count(goals)).clamp(min=1 / run.world)  # at least one in all
+            for part, part_goals in assignment.pieces(args.accumulate, images, goals):
                 with run.autocast():
                     outputs = wrapped(part)
-                losses = multibox.loss(outputs, part_goals, positives, class_weights=class_weights)
+                losses = criterion(outputs, part_goals, positives)
                 run.scaler.scale(sum(losses.values())).backward()
                 meter.add(losses, [target["image_id"] for target in targets], step)
             run.scaler.unscale_(optimizer)
@@ -273,12 +261,13 @@ def main(argv=None):
             if not stopping and ((epoch and epoch % args.validation_epochs == 0) or step == total):
                 with ema.applied(net), logger.paused():
                     run.share_statistics(net)
-                    metrics, *seen = evaluate(net, val_batches, run, args.validation_mean_ap, keep=4)
+                    settings = (args.validation_mean_ap, assign, criterion)
+                    metrics, *seen = evaluate(net, val_batches, run, *settings, keep=4)
                 train_mode(net, frozen, args.freeze_bn)
                 log_evaluation(logger, step, metrics, *seen)
                 best = progress.improved(metrics[monitor], lower_is_better=monitor.endswith("loss"))
             if saving:
-                copies = {"epoch_copy": schedule.multiple(epoch, args.save_every_epochs)}
+                copies = {"epoch_copy": schedule.multiple(epoch, args.save_every_epochs), "keep": args.keep}
                 copies["step_copy"] = schedule.multiple(step, args.save_every_steps)
                 checkpoints.save(out, {**state, **about, "progress": progress}, best=best, **copies)
             if stopping or (args.patience and progress.stale >= args.patience):

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 import models
+from benchmarks.timing import quickest
 from data import drawn, loader, transforms, voc
-from losses import multibox
+from losses import assignment, multibox
 from ops.images import normalize
 from training import devices
 
@@ -31,14 +32,6 @@ def parse_args(argv):
     parser.add_argument("--rounds", type=int, default=15, help="pairs of steps; the quickest of each kind counts")
     parser.add_argument("--device", default="auto")
     return parser.parse_args(argv)
-
-
-def seconds(run, work, *arguments):
-    devices.synchronize(run.device)
-    begun = time.perf_counter()
-    work(*arguments)
-    devices.synchronize(run.device)
-    return time.perf_counter() - begun
 
 
 def step_ratio(name, dataset, batch_size, rounds, run):
@@ -56,8 +49,8 @@ def step_ratio(name, dataset, batch_size, rounds, run):
     def full(i):
         images, targets = batches[i % 2]
         inputs = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std)
-        goals = multibox.assign(anchors, targets, net.box_weights)
-        positives = multibox.count(goals).clamp(min=1)
+        goals = assignment.assign(anchors, targets, net.box_weights)
+        positives = assignment.count(goals).clamp(min=1)
         with run.autocast():
             outputs = net(inputs)
         sum(multibox.loss(outputs, goals, positives).values()).backward()
@@ -71,15 +64,7 @@ def step_ratio(name, dataset, batch_size, rounds, run):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    times = {full: [], bare: []}
-    for i in range(rounds + 2):
-        for work in (full, bare) if i % 2 else (bare, full):
-            took = seconds(run, work, i)
-            if i >= 2:  # the first rounds warm up
-                times[work].append(took)
-        if i >= 6 and sum(times[full]) + sum(times[bare]) > 60:
-            break
-    return min(times[full]), min(times[bare])
+    return quickest(run, (full, bare), rounds)
 
 
 def loader_ratio(dataset, mean, repeats=3):

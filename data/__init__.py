@@ -12,7 +12,8 @@ target   a dict
 
 A picture without boxes has boxes [0,4] and is trained on. The data set owns `classes`, the names in label order.
 `dataset[epoch, i]` is the same picture as another epoch augments it: what is random is seeded from (seed, epoch, i), so
-workers, processes and resumes change nothing. No data set knows an anchor or a heatmap.
+workers, processes and resumes change nothing. `annotation_file`, `source_ids` and `category_ids` lead back to COCO's
+file and ids, and are None for pictures from anywhere else. No data set knows an anchor or a heatmap.
 """
 
 import torch

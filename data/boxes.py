@@ -1,6 +1,6 @@
 """Pictures with boxes, in flat arrays.
 
-Every 2D layout (VOC, Open Images, later COCO and csv) is parsed into a `BoxDataset`. The arrays hold no Python object a
+Every 2D layout (VOC, Open Images, COCO, csv) is parsed into a `BoxDataset`. The arrays hold no Python object a
 box or a picture: forked workers share their pages for good, because no reference count is ever written to them, so
 memory does not grow with the number of workers.
 """
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from tqdm import tqdm
 
 from data.errors import DataError
-from data.images import read_image
+from data.images import image_size, read_image
 
 
 class Paths:
@@ -54,6 +55,28 @@ class Records:
         self.labels.append(self.names.setdefault(name, len(self.names)))
         self.ignore.append(ignore)
 
+    def size(self, image):
+        """(h, w) of the picture at position `image`."""
+        return tuple(self.sizes[2 * image : 2 * image + 2])
+
+
+def clip(box, size):
+    """The corners (x1, y1, x2, y2) of `box` within a picture of `size` (h, w), as float32, the form they are kept in;
+    None where nothing is left."""
+    (x1, y1, x2, y2), (height, width) = box, size
+    inside = array("f", (max(0.0, x1), max(0.0, y1), min(x2, width), min(y2, height)))
+    return inside if inside[2] > inside[0] and inside[3] > inside[1] else None
+
+
+def finish(records, classes, found, faults, **options):
+    """What every parser ends with: a BoxDataset of its `records` with `options`. The DataErrors that it `found` are
+    added to the list `faults`; where that is None the first is raised."""
+    if faults is None and found:
+        raise found[0]
+    if faults is not None:
+        faults.extend(found)
+    return BoxDataset(records, classes, **options)
+
 
 class BoxDataset(Dataset):
     """Pictures with boxes; `dataset[i]` and `dataset[epoch, i]` meet the contract in data/__init__.py.
@@ -64,12 +87,14 @@ class BoxDataset(Dataset):
     transform  (image tv_tensors.Image, target) -> (image, target), or None
     seed       of the augmentation
 
-    Raises DataError for a picture that cannot be read or has another size than its annotation says.
+    `annotation_file`, `source_ids` int64 [N] and `category_ids` [K] lead back to a COCO file (see data/coco.py) and are
+    None without one. Raises DataError for a picture that cannot be read or has another size than its annotation says.
     """
 
     def __init__(self, records, classes, relative=False, transform=None, seed=0):
         self.classes = list(classes)
         self.relative, self.transform, self.seed = relative, transform, seed
+        self.annotation_file = self.source_ids = self.category_ids = None
         self.paths = Paths(records.paths)
         self.sizes = np.array(records.sizes, dtype=np.int32).reshape(-1, 2)
         label_of = {name: label for label, name in enumerate(self.classes)}
@@ -140,7 +165,20 @@ class BoxDataset(Dataset):
         less.paths, less.sizes = Paths(self.paths[index] for index in left), self.sizes[left]
         less.first = np.concatenate([[0], np.cumsum(counts[left])])
         less.boxes, less.labels, less.ignore = self.boxes[rows], self.labels[rows], self.ignore[rows]
+        less.source_ids = None if self.source_ids is None else self.source_ids[left]
         return less
+
+    def aspects(self):
+        """float64 [N], height / width of every picture, as annotated or else from the files' headers; a picture that
+        cannot be read counts as 1."""
+        sizes = self.sizes.astype(np.float64)
+        untold = np.flatnonzero((sizes == 0).any(axis=1))
+        for index in tqdm(untold, desc="reading picture sizes", unit="image", disable=None if len(untold) else True):
+            try:
+                sizes[index] = image_size(self.paths[index])
+            except DataError:
+                sizes[index] = 1  # named when it is loaded
+        return sizes[:, 0] / sizes[:, 1]
 
     def class_counts(self):
         """Objects of each class that count, int64 [K]."""

@@ -74,3 +74,20 @@ def write_report(path, faults, datasets):
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def skip_unreadable(dataset, workers, say=print):
+    """`dataset` less the pictures that cannot be read, each of which is said. Reads every file once."""
+    faults = unreadable(dataset, workers)
+    settle(list(faults.values()), "drop", "skip", say)
+    return dataset.without(faults) if faults else dataset
+
+
+def check_data(train, val, faults, workers, report, say=print):
+    """--check-data: read every picture too, write all faults to the JSON file `report`, and raise DataError for any."""
+    found = [fault for dataset in (train, val) for fault in unreadable(dataset, workers).values()]
+    faults = list({str(fault): fault for fault in faults + found}.values())
+    write_report(report, faults, {"train": train, "val": val})
+    settle(faults, "error", "error", say, most=len(faults))
+    say(f"no fault in {len(train)} training and {len(val)} validation pictures")
+    return {}

@@ -1,5 +1,6 @@
 """Class names: where they come from and whether two lists agree."""
 
+import csv
 import math
 from pathlib import Path
 
@@ -17,6 +18,29 @@ def read_labels(path):
     if not names:
         raise DataError(path, "", "holds no class name; write one name a line")
     return names
+
+
+def read_numbered(path):
+    """Names in a classes csv, `name,id` a line with the ids 0, 1, 2 ..., in the order of the ids. Blank lines are
+    skipped. Raises DataError."""
+    ids, rows = {}, csv.reader(lines_of(path))
+    try:
+        for row in filter(None, rows):
+            name, number = (field.strip() for field in row) if len(row) == 2 else ("", "")
+            if not name or not number.isdecimal():
+                reason = f"{','.join(row)!r} is not name,id with a whole number as id; a header does not belong here"
+                raise DataError(path, f"line {rows.line_num}", reason)
+            if name in ids:
+                raise DataError(path, f"line {rows.line_num}", f"class {name!r} comes twice; keep one line for it")
+            ids[name] = int(number)
+    except csv.Error as error:
+        raise DataError(path, f"line {rows.line_num}", f"not valid csv: {error}; mend the file") from None
+    if not ids:
+        raise DataError(path, "", "holds no class; write name,id for each")
+    if sorted(ids.values()) != list(range(len(ids))):
+        told = ", ".join(map(str, sorted(ids.values())[:20]))
+        raise DataError(path, "", f"ids are {told}: number the {len(ids)} classes from 0 to {len(ids) - 1}, each once")
+    return sorted(ids, key=ids.get)
 
 
 def choose_classes(roots, found, faults):
@@ -40,14 +64,14 @@ def agree_on_classes(trained, found, remap_by_name):
     """
     if trained != found and set(trained) == set(found) and not remap_by_name:
         raise DataError(
-            "labels.txt",
+            "classes",
             "",
             f"the checkpoint's classes are ({', '.join(trained)}), the data's ({', '.join(found)}): the same names in "
             "another order; use --remap-by-name to keep the checkpoint's",
         )
     if not set(trained) & set(found):
         raise DataError(
-            "labels.txt", "", f"no class in common: checkpoint ({', '.join(trained)}), data ({', '.join(found)})"
+            "classes", "", f"no class in common: checkpoint ({', '.join(trained)}), data ({', '.join(found)})"
         )
     return trained
 

@@ -3,32 +3,48 @@
 from functools import partial
 from pathlib import Path
 
-from data import check, open_images, voc
+from data import check, coco, csv_boxes, open_images, voc
 from data.classes import agree_on_classes
 from data.errors import DataError
 
-LAYOUTS = {"voc": voc.load, "open_images": open_images.load}
+LAYOUTS = {"voc": voc.load, "open_images": open_images.load, "coco": coco.load, "csv": csv_boxes.load}
 
 
-def load(layout, roots, voc_offset=1, seed=0, trained=None, remap_by_name=False):
+def load(
+    layout,
+    roots,
+    *,
+    trained=None,
+    remap_by_name=False,
+    seed=0,
+    voc_offset=1,
+    coco_sets=coco.SETS,
+    csv_files=("", "", ""),
+):
     """(train, val, faults): both sets as BoxDatasets with one class list, and a DataError for everything wrong.
 
     layout         one of LAYOUTS
+    roots          folders, joined; csv needs none where `csv_files` names a file to train on
     trained        classes of a checkpoint in label order: they rule; None takes the training set's
     remap_by_name  allow the data to name them in another order
+    seed           of the augmentation
+    voc_offset     number of the first pixel in a VOC set
+    coco_sets      names of the training and the validation set in a COCO folder
+    csv_files      (train, val, classes) for csv, each "" to take the folder's
 
     Raises DataError where a folder is no such set or the classes do not agree.
     """
-    for root in roots:
+    options = {"voc": {"offset": voc_offset}, "coco": {"sets": coco_sets}, "csv": {"files": csv_files}}
+    read = partial(LAYOUTS[layout], seed=seed, **options.get(layout, {}))
+    for root in [] if layout == "csv" and csv_files[0] else roots:
         if not Path(root).is_dir():
             raise DataError(root, "", "no such folder; give --data the folder that holds the set")
-    read = partial(voc.load, offset=voc_offset) if layout == "voc" else LAYOUTS[layout]
     faults = []
-    train = read(roots, "train", faults=faults, seed=seed)
+    train = read(roots, "train", faults=faults)
     if trained and trained != train.classes:
         names, faults = agree_on_classes(trained, train.classes, remap_by_name), []
-        train = read(roots, "train", names, faults=faults, seed=seed)
-    val = read(roots, "val", train.classes, faults=faults, seed=seed)
+        train = read(roots, "train", names, faults=faults)
+    val = read(roots, "val", train.classes, faults=faults)
     return train, val, list({str(fault): fault for fault in faults}.values())  # a file may serve both splits
 
 
@@ -39,7 +55,7 @@ def settle(train, val, faults, bad_boxes, bad_images, workers, say=print):
     """
     check.settle(faults, bad_boxes, bad_images, say)
     if bad_images == "skip":
-        train, val = (skip_unreadable(dataset, workers, say) for dataset in (train, val))
+        train, val = (check.skip_unreadable(dataset, workers, say) for dataset in (train, val))
     for name, dataset in (("train", train), ("val", val)):
         if not len(dataset):
             raise DataError(f"no picture left for {name}", "", "mend the faults listed above")
@@ -53,20 +69,3 @@ def settle(train, val, faults, bad_boxes, bad_images, workers, say=print):
     if lacking:
         say(f"  no validation box, so no AP, for: {', '.join(lacking)}")
     return train, val
-
-
-def skip_unreadable(dataset, workers, say=print):
-    """`dataset` less the pictures that cannot be read, each of which is said. Reads every file once."""
-    faults = check.unreadable(dataset, workers)
-    check.settle(list(faults.values()), "drop", "skip", say)
-    return dataset.without(faults) if faults else dataset
-
-
-def check_data(train, val, faults, workers, report, say=print):
-    """--check-data: read every picture too, write all faults to the JSON file `report`, and raise DataError for any."""
-    unreadable = [fault for dataset in (train, val) for fault in check.unreadable(dataset, workers).values()]
-    faults = list({str(fault): fault for fault in faults + unreadable}.values())
-    check.write_report(report, faults, {"train": train, "val": val})
-    check.settle(faults, "error", "error", say, most=len(faults))
-    say(f"no fault in {len(train)} training and {len(val)} validation pictures")
-    return {}

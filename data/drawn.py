@@ -2,10 +2,13 @@
 
     python -m data.drawn voc OUT --images 200 --seed 0
     python -m data.drawn openimages OUT --images 200 --seed 0 --size 300x300
+    python -m data.drawn coco OUT --images 200 --seed 0
+    python -m data.drawn csv OUT --images 200 --seed 0
+    python -m data.drawn imagefolder OUT --images 2000 --seed 0
 
-The pictures are those of `data.scenes`; the same arguments give the same bytes with the same versions of Pillow and
-numpy. OUT must be new, empty, or drawn before with the same arguments: a whole set is kept as it is and costs no time,
-one that was cut off is drawn again.
+The pictures are those of `data.scenes`, one object each for imagefolder, several or none for the others. The same
+arguments give the same bytes with the same versions of Pillow and numpy. OUT must be new, empty, or drawn before with
+the same arguments: a whole set is kept as it is and costs no time, one that was cut off is drawn again.
 """
 
 import argparse
@@ -15,18 +18,21 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from data.errors import DataError
-from data.scenes import CLASSES, VERSION, draw_scene
+from data.scenes import CLASSES, VERSION, draw_portrait, draw_scene
 
 MARK = "drawn.json"  # in OUT: the arguments, and whether the set is whole
 FEWEST = 3  # pictures: one each for train, val and test
+FEWEST_PORTRAITS = 2 * len(CLASSES)  # one of each class for train and val
 SMALLEST_SIDE = 64  # pixels: below that the smallest objects are a few pixels wide
 OPEN_IMAGES_COLUMNS = (
     "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
     "IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside,id,ClassName"
 )
+CATEGORY_IDS = (1, 3, 7, 10, 18)  # of CLASSES in coco: with gaps, as COCO's own have
 
 
 # ---- layouts: each is (out folder, scenes as (index, Scene) pairs, indices of each part) -> files ----
@@ -40,6 +46,12 @@ def splits(images):
         "val": range(images - 2 * part, images - part),
         "test": range(images - part, images),
     }
+
+
+def halves(images, least=1):
+    """{"train": indices, "val": ...}: the last 15 % of the pictures are val, at least so many."""
+    part = max(least, round(0.15 * images))
+    return {"train": range(images - part), "val": range(images - part, images)}
 
 
 def save_jpeg(path, image):
@@ -108,18 +120,85 @@ def open_images_rows(name, scene):
     return rows
 
 
+def write_coco(out, scenes, parts):
+    """annotations/instances_{train,val}2017.json and {train,val}2017/ID.jpg under out. A crowd is iscrowd; the others,
+    mostly hidden ones too, are not. Image ids begin at 101 and leave gaps."""
+    category_of = [
+        {"id": number, "name": name, "supercategory": "shape"} for number, name in zip(CATEGORY_IDS, CLASSES)
+    ]
+    sets = {part: {"images": [], "annotations": [], "categories": category_of} for part in parts}
+    part_of = {index: part for part, indices in parts.items() for index in indices}
+    for folder in ("annotations", *(f"{part}2017" for part in parts)):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for index, scene in scenes:
+        part, image_id = part_of[index], 101 + 3 * index
+        height, width = scene.image.shape[:2]
+        image = {"id": image_id, "file_name": f"{image_id:012d}.jpg", "width": width, "height": height}
+        save_jpeg(out / f"{part}2017" / image["file_name"], scene.image)
+        sets[part]["images"].append(image)
+        sets[part]["annotations"] += coco_objects(image_id, scene)
+    for part, content in sets.items():
+        (out / "annotations" / f"instances_{part}2017.json").write_text(json.dumps(content) + "\n")
+
+
+def coco_objects(image_id, scene):
+    """One annotation an object; segmentation and area are of its mask."""
+    objects = []
+    for i, label in enumerate(scene.labels.tolist()):
+        x1, y1, x2, y2 = scene.boxes[i].tolist()
+        facts = {"id": 100 * image_id + i, "image_id": image_id, "category_id": CATEGORY_IDS[label]}
+        facts |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(scene.masks[i].sum())}
+        objects.append(facts | {"iscrowd": int(scene.crowd[i]), "segmentation": run_lengths(scene.masks[i])})
+    return objects
+
+
+def run_lengths(mask):
+    """A bool [H,W] as COCO's uncompressed RLE: lengths of runs down the columns, the first of them outside."""
+    ends = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
+    return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0, append=mask.size).tolist()}
+
+
+def write_csv(out, scenes, parts):
+    """train.csv, val.csv (`path,x1,y1,x2,y2,class`; `path,,,,,` where nothing is annotated), classes.csv (`name,id`)
+    and images/ under out. Crowds and mostly hidden objects are left out: csv has no word for a box to ignore."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    rows = {}  # index -> lines
+    for index, scene in scenes:
+        path = f"images/{index:06d}.jpg"
+        save_jpeg(out / path, scene.image)
+        plain = np.flatnonzero(~(scene.crowd | scene.difficult))
+        rows[index] = [[path, *scene.boxes[i].tolist(), CLASSES[scene.labels[i]]] for i in plain] or [[path, *[""] * 5]]
+    tables = {part: [row for index in indices for row in rows[index]] for part, indices in parts.items()}
+    tables["classes"] = [[name, label] for label, name in enumerate(CLASSES)]
+    for name, lines in tables.items():
+        with open(out / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
+
+
+def write_imagefolder(out, scenes, parts):
+    """{train,val}/CLASS/ID.jpg under out; every scene has one object."""
+    part_of = {index: part for part, indices in parts.items() for index in indices}
+    for part in parts:
+        for name in CLASSES:
+            (out / part / name).mkdir(parents=True, exist_ok=True)
+    for index, scene in scenes:
+        save_jpeg(out / part_of[index] / CLASSES[scene.labels[0]] / f"{index:06d}.jpg", scene.image)
+
+
 # ---- drawing a set ----
 
 
-def draw(write, out, images, seed, size):
+def draw(write, out, images, seed, size, portraits=False):
     """Draw `images` scenes into the folder `out` through the layout function `write`; returns `out` as a Path.
 
-    size: (width, height) of every picture, or None for about 320 x 240. Raises DataError where images, size or seed is
-    too small, and where `out` cannot be written or holds anything but the same set.
+    size: (width, height) of every picture, or None for about 320 x 240. portraits: one object a picture, and about
+    100 x 100. Raises DataError where images, size or seed is too small, and where `out` cannot be written or holds
+    anything but the same set.
     """
     out = Path(out)
-    if images < FEWEST:
-        raise DataError(out, f"{images} images", f"too few for train, val and test: draw {FEWEST} or more")
+    fewest = FEWEST_PORTRAITS if portraits else FEWEST
+    if images < fewest:
+        raise DataError(out, f"{images} images", f"too few for every part of the set: draw {fewest} or more")
     if size is not None and min(size) < SMALLEST_SIDE:
         raise DataError(out, f"size {size[0]}x{size[1]}", f"each side must be {SMALLEST_SIDE} pixels or more")
     if seed < 0:
@@ -133,7 +212,10 @@ def draw(write, out, images, seed, size):
         write_mark(out, {**wanted, "whole": False})
     except OSError as error:
         raise DataError(out, "output folder", f"cannot be written: {error.strerror}") from error
-    write(out, ((index, draw_scene(seed, index, size)) for index in range(images)), splits(images))
+    three_parts = write in (write_voc, write_open_images)
+    parts = splits(images) if three_parts else halves(images, least=len(CLASSES) if portraits else 1)
+    picture = draw_portrait if portraits else draw_scene
+    write(out, ((index, picture(seed, index, size)) for index in range(images)), parts)
     write_mark(out, {**wanted, "whole": True})
     return out
 
@@ -175,7 +257,28 @@ def draw_open_images(out, images=200, seed=0, size=None):
     return draw(write_open_images, out, images, seed, size)
 
 
-LAYOUTS = {"voc": draw_voc, "openimages": draw_open_images}
+def draw_coco(out, images=200, seed=0, size=None):
+    """A COCO folder; see `draw` for arguments and errors."""
+    return draw(write_coco, out, images, seed, size)
+
+
+def draw_csv(out, images=200, seed=0, size=None):
+    """A folder in RetinaNet's csv layout; see `draw` for arguments and errors."""
+    return draw(write_csv, out, images, seed, size)
+
+
+def draw_imagefolder(out, images=200, seed=0, size=None):
+    """ImageNet-style class folders; see `draw` for arguments and errors."""
+    return draw(write_imagefolder, out, images, seed, size, portraits=True)
+
+
+LAYOUTS = {
+    "voc": draw_voc,
+    "openimages": draw_open_images,
+    "coco": draw_coco,
+    "csv": draw_csv,
+    "imagefolder": draw_imagefolder,
+}
 
 
 def parse_size(text):
@@ -192,9 +295,11 @@ def parse_args(argv=None):
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="new or empty folder, or one drawn with the same arguments"
     )
-    parser.add_argument("--images", type=int, default=200, help="pictures in all: 70, 15, 15 %% train, val, test")
     parser.add_argument(
-        "--size", type=parse_size, help="WIDTHxHEIGHT of every picture (default: about 320x240, varied)"
+        "--images", type=int, default=200, help="pictures in all: 15 %% are val, and 15 %% test in voc and openimages"
+    )
+    parser.add_argument(
+        "--size", type=parse_size, help="WIDTHxHEIGHT of every picture (default: about 320x240, imagefolder 100x100)"
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other pictures")
     return parser.parse_args(argv)

@@ -2,6 +2,8 @@
 
 from data.errors import DataError
 
+NAMED = 3  # missing pictures named in a message
+
 
 def lines_of(path):
     """The lines of a UTF-8 text file, one after the other; a byte order mark is skipped. Raises DataError."""
@@ -12,6 +14,13 @@ def lines_of(path):
         raise DataError(path, "", "not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise DataError(path, "", f"cannot be read: {error.strerror}") from None
+
+
+def missing_pictures(file, place, folder, names):
+    """One fault for all pictures that `file` names and `folder` lacks: annotations of a whole set beside some of its
+    pictures are usual, and a line for each would bury everything else."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return DataError(file, place, f"no picture in {folder} for {', '.join(names[:NAMED])}{more}", kind="image")
 
 
 def is_true(text):

@@ -1,8 +1,8 @@
 """Reading a picture: whatever the file holds, RGB comes out."""
 
 import io
+import struct
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from data.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+POINTER = b"version https://git-lfs"
 
 
 def read_image(path):
@@ -33,22 +34,47 @@ def read_image(path):
 
 
 def image_size(path):
-    """(height, width) of the upright picture in `path`, without decoding it. Raises DataError of kind "image"."""
-    with _opened(path) as file:
+    """(height, width) of the upright picture in `path`, from its header alone. Raises DataError of kind "image"."""
+    with _opened(path, whole=False) as file:
         width, height = file.size
-        on_its_side = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        on_its_side = _exif(file).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (width, height) if on_its_side else (height, width)
 
 
+def _exif(file):
+    """The EXIF of a picture not yet decoded. For that of a PNG Pillow decodes it all, because it may stand behind the
+    pixels; few tools write it there, so the names of the parts are looked at first."""
+    if file.format != "PNG" or _tells_more_behind_the_pixels(file.fp):
+        return file.getexif()
+    return Image.Image.getexif(file)
+
+
+def _tells_more_behind_the_pixels(stream):
+    """Does the PNG in `stream` hold any part behind its pixels but the end mark?"""
+    position, pixels, more = stream.tell(), False, False
+    stream.seek(8)
+    while not more and len(head := stream.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        pixels = pixels or name == b"IDAT"
+        more = pixels and name not in (b"IDAT", b"IEND")
+        stream.seek(length + 4, io.SEEK_CUR)
+    stream.seek(position)
+    return more
+
+
 @contextmanager
-def _opened(path):
-    """The file as a Pillow image; what goes wrong while it is in use becomes a DataError."""
+def _opened(path, whole=True):
+    """The file as a Pillow image, its bytes read at once if `whole`; what goes wrong while it is in use becomes a
+    DataError."""
     try:
-        content = Path(path).read_bytes()  # at once: Pillow reading in pieces takes a tenth longer
-        if content.startswith(b"version https://git-lfs"):
-            raise DataError(path, "", "a git-LFS pointer, not a picture; fetch it with: git lfs pull", kind="image")
-        with Image.open(io.BytesIO(content)) as file:
-            yield file
+        with open(path, "rb") as stream:
+            content = io.BytesIO(stream.read()) if whole else stream  # Pillow reading in pieces takes a tenth longer
+            if content.read(len(POINTER)) == POINTER:
+                reason = "a git-LFS pointer, not a picture; fetch it with: git lfs pull"
+                raise DataError(path, "", reason, kind="image")
+            content.seek(0)
+            with Image.open(content) as file:
+                yield file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
         raise DataError(
             path, "", f"cannot be read as a picture: {_reason(error)}; mend or replace it", kind="image"

@@ -13,16 +13,15 @@ import csv
 import math
 from pathlib import Path
 
-from data.boxes import BoxDataset, Records
+from data.boxes import Records, finish
 from data.classes import choose_classes
 from data.errors import DataError
-from data.files import is_true, lines_of
+from data.files import is_true, lines_of, missing_pictures
 from data.images import SUFFIXES
 
 SPLITS = {"train": ("train",), "val": ("test", "validation", "val")}
 FILES = ("sub-{}-annotations-bbox.csv", "{}-annotations-bbox.csv", "oidv6-{}-annotations-bbox.csv")
 CORNERS = ("XMin", "YMin", "XMax", "YMax")
-NAMED = 3  # missing pictures named in a message
 
 
 def load(roots, split, classes=None, faults=None, transform=None, seed=0):
@@ -33,17 +32,13 @@ def load(roots, split, classes=None, faults=None, transform=None, seed=0):
 
     Raises DataError where a folder is no Open Images set.
     """
-    records, faults_here = Records(), []
+    records, found = Records(), []
     for root in map(Path, roots):
         file, folder = _split_file(root, split)
-        _read_csv(file, folder, _descriptions(root), records, faults_here)
+        _read_csv(file, folder, _descriptions(root), records, found)
     if classes is None:
-        classes = choose_classes(roots, records.names, faults_here)
-    if faults is None and faults_here:
-        raise faults_here[0]
-    if faults is not None:
-        faults.extend(faults_here)
-    return BoxDataset(records, classes, relative=True, transform=transform, seed=seed)
+        classes = choose_classes(roots, records.names, found)
+    return finish(records, classes, found, faults, relative=True, transform=transform, seed=seed)
 
 
 def _split_file(root, split):
@@ -93,7 +88,8 @@ def _read_csv(file, folder, descriptions, records, faults):
     if row is None:
         faults.append(DataError(file, "", "a header and no row, nothing to train or score on; add a row for each box"))
     _report_pixels(file, in_pixels, faults)
-    _report_missing(file, folder, missing, faults)
+    if missing:
+        faults.append(missing_pictures(file, f"line {next(iter(missing.values()))}", folder, list(missing)))
     for path in sorted(set(pictures.values()) - set(positions)):
         records.add_image(path)
 
@@ -138,11 +134,3 @@ def _report_pixels(file, in_pixels, faults):
         count = f"{len(in_pixels)} such lines" if len(in_pixels) > 1 else "one such line"
         reason = f"corner {corner:g} is in pixels ({count}); divide by the picture's width and height"
         faults.append(DataError(file, f"line {number}", reason))
-
-
-def _report_missing(file, folder, missing, faults):
-    """One fault for all missing pictures: the csv of all Open Images beside some of its pictures is usual."""
-    if missing:
-        names = ", ".join(list(missing)[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-        place = f"line {next(iter(missing.values()))}"
-        faults.append(DataError(file, place, f"no picture in {folder} for {names}", kind="image"))

@@ -4,7 +4,8 @@ Every class comes in every colour, and grounds and clutter share the colours and
 nothing; a class is its form and its own texture, so a small network learns it in minutes. Every twelfth picture is
 empty; a few objects are mostly hidden, cut by the border, or a crowd (many small ones in one box). Scene `index` is
 a function of (seed, index, size), however many are drawn: the same arguments give the same picture with the same
-versions of Pillow and numpy. `data.drawn` writes scenes to disk in the layouts of real sets.
+versions of Pillow and numpy. `data.drawn` writes scenes to disk in the layouts of real sets. A portrait is a scene of
+one object, small and for classification: what tells the classes apart there does so here too.
 """
 
 import math
@@ -26,6 +27,7 @@ TEXTURES = ("dots", "checker", "stripes", "plain", "noise")  # of the classes, i
 EMPTY_EVERY = 12  # one picture in twelve (8 %) holds nothing
 CROWDED, COVERED = 0.05, 0.15  # shares of the pictures with a crowd, and with a thing put over another
 SMALLEST, LARGEST = 0.22, 0.60  # side of an object's box, in shorter sides of the picture
+PORTRAIT = (0.55, 0.88)  # the same where a picture has one object
 DIFFICULT = 0.60  # share hidden from which an object is difficult
 UNSEEN = 0.95  # share hidden from which an object is no longer annotated
 OVERSAMPLE = 4  # shapes are drawn this much larger, then reduced: smooth edges
@@ -83,9 +85,10 @@ def overlap(a, b):
     return w * h / min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
 
 
-def random_thing(rng, label, width, height, largest=LARGEST):
+def random_thing(rng, label, width, height, sides=(SMALLEST, LARGEST)):
     """A thing anywhere: one in six may stick out over the border by a third of its size at most."""
-    side = min(width, height) * SMALLEST * (largest / SMALLEST) ** rng.random()
+    smallest, largest = sides
+    side = min(width, height) * smallest * (largest / smallest) ** rng.random()
     stretch = 1.25 ** rng.uniform(-0.5, 0.5)
     w, h = side * stretch, side / stretch
     out = rng.uniform(0, 1 / 3) if rng.random() < 1 / 6 else 0.0
@@ -289,7 +292,19 @@ def draw_scene(seed, index, size=None):
     """Scene number `index` of a seed. size: (width, height), or None for about 320 x 240, varied a little."""
     rng = np.random.default_rng((seed, index))
     width, height = size or (int(rng.integers(288, 353)), int(rng.integers(216, 265)))
-    things = plan(rng, index, width, height)
+    return painted_scene(rng, plan(rng, index, width, height), width, height)
+
+
+def draw_portrait(seed, index, size=None):
+    """Scene number `index` of a seed with one object, of class index % K. size: (width, height), or None for 80 to 128
+    each."""
+    rng = np.random.default_rng((seed, index, 1))  # 1: of other ground and colours than the scene of that number
+    width, height = size or rng.integers(80, 129, size=2).tolist()
+    return painted_scene(rng, [random_thing(rng, index % len(CLASSES), width, height, PORTRAIT)], width, height)
+
+
+def painted_scene(rng, things, width, height):
+    """The things, in their order, over a new ground."""
     canvas = ground(rng, width, height)
     painted = [paint(rng, canvas, thing) for thing in things]
     canvas += rng.standard_normal((height, width, 1), np.float32) * np.float32(rng.uniform(1, 6))

@@ -1,4 +1,4 @@
-"""Paired transforms: what torchvision.transforms.v2 lacks, and the recipes made of it.
+"""Paired transforms: what torchvision.transforms.v2 lacks, and the recipes made of it; for classes, of v2 alone.
 
 Geometry comes before colour: colour on the 300 x 300 that the network sees costs a quarter of colour on the photo. All
 randomness is torch's, which the data set seeds for each sample. Everything here can be pickled, for spawned workers.
@@ -134,9 +134,6 @@ class PhotometricDistort:
 
     probability   of each of: brightness 0.875 to 1.125, contrast and saturation 0.5 to 1.5, hue turned by up to 1/20 of
                   the circle, another order of R, G, B
-
-    Each is an affine map of RGB, so all of them are one 3 x 4 matrix, at a seventh of the time of one pass each. What
-    differs: values are clipped once, at the end, and hue turns in YIQ instead of HSV.
     """
 
     def __init__(self, probability=0.5):
@@ -147,40 +144,65 @@ class PhotometricDistort:
         happens, amount = drawn[:5] < self.probability, drawn[5:10]
         if not happens.any():
             return image, target
-        pixels = image.as_subclass(torch.Tensor).flatten(1).float()  # [3,HW]
-        matrix, offset = self.affine(happens, amount, drawn[10] < 0.5, pixels.mean(1).double().numpy())
-        matrix, offset = torch.from_numpy(matrix).float(), torch.from_numpy(offset).float() + 0.5  # to round
-        changed = torch.addmm(offset[:, None], matrix, pixels).clamp_(0, 255)
-        return tv_tensors.Image(changed.to(torch.uint8).view(image.shape)), target
+        factors = [0.875 + 0.25 * amount[0], 0.5 + amount[1], 0.5 + amount[2], 0.05 * (2 * amount[3] - 1)]
+        factors = [factor if happened else None for factor, happened in zip(factors, happens)]
+        order = ORDERS[int(6 * amount[4])] if happens[4] else ORDERS[0]
+        return change_colour(image, factors, drawn[10] < 0.5, order), target
 
-    @staticmethod
-    def affine(happens, amount, contrast_first, mean):
-        """(matrix [3,3], offset [3]) of the changes that happen; `mean` is the picture's mean R, G, B."""
-        brightness, contrast, saturation = 0.875 + 0.25 * amount[0], 0.5 + amount[1], 0.5 + amount[2]
-        matrix, offset = np.eye(3), np.zeros(3)
-        if happens[0]:
-            matrix = matrix * brightness
 
-        def add_contrast(matrix, offset):
-            grey = GREY @ (matrix @ mean + offset)  # contrast stretches about the mean luma
-            return contrast * matrix, contrast * offset + (1 - contrast) * grey
+class ColourJitter:
+    """v2.ColorJitter in one pass, of a picture without target: brightness, contrast and saturation times 1 - amount to
+    1 + amount (0 to 1), hue turned by up to `amount` of the circle; contrast before or after saturation and hue.
+    """
 
-        if happens[1] and contrast_first:
-            matrix, offset = add_contrast(matrix, offset)
-        if happens[2]:
-            change = saturation * np.eye(3) + (1 - saturation) * GREY  # every row: towards the pixel's luma
-            matrix, offset = change @ matrix, change @ offset
-        if happens[3]:
-            angle = 2 * math.pi * 0.05 * (2 * amount[3] - 1)
-            turn = np.array([[1, 0, 0], [0, math.cos(angle), -math.sin(angle)], [0, math.sin(angle), math.cos(angle)]])
-            change = FROM_YIQ @ turn @ YIQ
-            matrix, offset = change @ matrix, change @ offset
-        if happens[1] and not contrast_first:
-            matrix, offset = add_contrast(matrix, offset)
-        if happens[4]:
-            order = ORDERS[int(6 * amount[4])]
-            matrix, offset = matrix[order], offset[order]
-        return matrix, offset
+    def __init__(self, amount):
+        self.amount = amount
+
+    def __call__(self, image):
+        *drawn, first = torch.rand(5, dtype=torch.float64).tolist()
+        brightness, contrast, saturation, turn = (self.amount * (2 * draw - 1) for draw in drawn)
+        return change_colour(image, (1 + brightness, 1 + contrast, 1 + saturation, turn), first < 0.5)
+
+
+def change_colour(image, factors, contrast_first, order=ORDERS[0]):
+    """`image` (uint8 [3,H,W]) with other colours; factors and the rest as in `colour_map`.
+
+    Each change is an affine map of RGB, so all of them are one 3 x 4 matrix, at a seventh of the time of one pass each.
+    What differs from v2's: values are clipped once, at the end, and hue turns in YIQ instead of HSV.
+    """
+    pixels = image.as_subclass(torch.Tensor).flatten(1).float()  # [3,HW]
+    matrix, offset = colour_map(factors, contrast_first, pixels.mean(1).double().numpy())
+    matrix, offset = torch.from_numpy(matrix[order]).float(), torch.from_numpy(offset[order]).float() + 0.5  # to round
+    changed = torch.addmm(offset[:, None], matrix, pixels).clamp_(0, 255)
+    return tv_tensors.Image(changed.to(torch.uint8).view(image.shape))
+
+
+def colour_map(factors, contrast_first, mean):
+    """(matrix [3,3], offset [3]) of RGB on 0..255; `mean` is the picture's mean R, G, B.
+
+    factors: brightness, contrast, saturation (1 changes nothing) and hue's turn as part of the circle; None is left out
+    """
+    brightness, contrast, saturation, turn = factors
+    matrix, offset = np.eye(3), np.zeros(3)
+    if brightness is not None:
+        matrix = matrix * brightness
+
+    def add_contrast(matrix, offset):
+        grey = GREY @ (matrix @ mean + offset)  # contrast stretches about the mean luma
+        return contrast * matrix, contrast * offset + (1 - contrast) * grey
+
+    if contrast is not None and contrast_first:
+        matrix, offset = add_contrast(matrix, offset)
+    if saturation is not None:
+        change = saturation * np.eye(3) + (1 - saturation) * GREY  # every row: towards the pixel's luma
+        matrix, offset = change @ matrix, change @ offset
+    if turn is not None:
+        cos, sin = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
+        change = FROM_YIQ @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ YIQ
+        matrix, offset = change @ matrix, change @ offset
+    if contrast is not None and not contrast_first:
+        matrix, offset = add_contrast(matrix, offset)
+    return matrix, offset
 
 
 class HorizontalFlip:
@@ -219,3 +241,61 @@ def ssd_train(size, fill, zoom_out=0.5, largest_canvas=4.0, iou_crop=1.0, colour
 def ssd_evaluate(size):
     """Resize to (h, w), nothing else. Boxes are clamped: a scaled corner may round to just outside."""
     return Chain(v2.Resize(size, antialias=True), v2.ClampBoundingBoxes())
+
+
+class ResizeSides:
+    """Resize so that the shortest side is one of `min_sides`, drawn, unless the longest would pass `max_side`: then so
+    that the longest is that. Both sides are rounded to pixels, one at least, and boxes move by what came out.
+
+    Objects that come out thinner than `thinnest` pixels are left out: next to no area makes a loss without bounds.
+    """
+
+    def __init__(self, min_sides, max_side, thinnest=0.01):
+        self.min_sides, self.max_side, self.thinnest = tuple(min_sides), max_side, thinnest
+
+    def __call__(self, image, target):
+        height, width = image.shape[-2:]
+        min_side = self.min_sides[int(torch.randint(len(self.min_sides), ()))]
+        scale = min(min_side / min(height, width), self.max_side / max(height, width))
+        shape = (max(1, round(scale * height)), max(1, round(scale * width)))
+        boxes = target["boxes"].as_subclass(torch.Tensor)
+        edges = boxes.new_tensor([shape[1], shape[0]]).repeat(2)
+        boxes = (boxes * (edges / boxes.new_tensor([width, height]).repeat(2))).clamp(min=0).minimum(edges)
+        thick = (boxes[:, 2:] - boxes[:, :2] >= self.thinnest).all(1)
+        target = keep_objects(target | {"boxes": boxes}, thick)
+        target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=shape)
+        pixels = image.as_subclass(torch.Tensor)
+        return tv_tensors.Image(F.resize_image(pixels, list(shape), antialias=True)), target
+
+
+def pyramid_train(min_sides, max_side, flip=0.5, colour=0.0):
+    """RetinaNet's training augmentation: a shortest side drawn from `min_sides`, in pixels; flip and colour are
+    probabilities."""
+    steps = [ResizeSides(min_sides, max_side), HorizontalFlip(flip)]
+    return Chain(*steps, *[PhotometricDistort(colour)] * bool(colour))
+
+
+def pyramid_evaluate(min_side, max_side):
+    """The shortest side to `min_side`, the longest to `max_side` at most, nothing else."""
+    return ResizeSides((min_side,), max_side)
+
+
+IMAGENET_MEAN = (124, 116, 104)  # R, G, B on 0..255, of whole numbers as pixels are
+
+
+def classify_train(size, crop_scale=(0.53, 1.0), jitter=0.03, erase=0.0):
+    """Training augmentation of a classifier, picture -> picture of `size` x `size` pixels; the source's by default.
+
+    crop_scale   share of the picture's area that a crop may have
+    jitter       brightness, contrast and saturation change by up to this factor, hue by this part of the circle
+    erase        probability of putting the mean colour over a part of the picture
+    """
+    steps = [v2.RandomResizedCrop(size, scale=tuple(crop_scale), antialias=True), v2.RandomHorizontalFlip()]
+    steps += [ColourJitter(jitter)] * bool(jitter)
+    steps += [v2.RandomErasing(erase, value=IMAGENET_MEAN)] * bool(erase)
+    return v2.Compose(steps)
+
+
+def classify_evaluate(resize=224, size=224):
+    """The shortest side to `resize` pixels, then the central `size` x `size`."""
+    return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])

@@ -12,7 +12,7 @@ fractions. `difficult` may lack, and so may `size`, which is then read from the 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from data.boxes import BoxDataset, Records
+from data.boxes import Records, clip, finish
 from data.classes import choose_classes
 from data.errors import DataError
 from data.files import is_true, lines_of
@@ -32,16 +32,12 @@ def load(roots, split, classes=None, offset=1, faults=None, transform=None, seed
 
     Raises DataError where a folder is no VOC set.
     """
-    records, faults_here = Records(), []
+    records, found = Records(), []
     for root in map(Path, roots):
-        _read_root(root, _split_file(root, split), records, offset, faults_here)
+        _read_root(root, _split_file(root, split), records, offset, found)
     if classes is None:
-        classes = choose_classes(roots, records.names, faults_here)
-    if faults is None and faults_here:
-        raise faults_here[0]
-    if faults is not None:
-        faults.extend(faults_here)
-    return BoxDataset(records, classes, transform=transform, seed=seed)
+        classes = choose_classes(roots, records.names, found)
+    return finish(records, classes, found, faults, transform=transform, seed=seed)
 
 
 def _split_file(root, split):
@@ -124,9 +120,7 @@ def _read_object(item, size, offset):
             raise ValueError(f"{name} has no area: {axis}min={axis}max={low:g}")
         if not high > low:  # also true of NaN
             raise ValueError(f"{name}: {axis}max {high:g} < {axis}min {low:g}")
-    height, width = size
-    x1, y1 = max(0.0, xmin - offset), max(0.0, ymin - offset)
-    x2, y2 = min(xmax, width), min(ymax, height)
-    if x2 <= x1 or y2 <= y1:
-        raise ValueError(f"{name} {xmin:g},{ymin:g} to {xmax:g},{ymax:g} outside {width} x {height}")
-    return name, (x1, y1, x2, y2)
+    inside = clip((xmin - offset, ymin - offset, xmax, ymax), size)
+    if inside is None:
+        raise ValueError(f"{name} {xmin:g},{ymin:g} to {xmax:g},{ymax:g} outside {size[1]} x {size[0]}")
+    return name, inside

@@ -16,10 +16,12 @@ import torch
 def score_truth(evaluator, dataset):
     """Metrics of the ground truth of `dataset` scored as predictions: 1.0, or evaluator and data do not fit each other.
 
-    evaluator: a fresh one. Reads no picture, so it takes seconds also for a large set.
+    evaluator: a fresh one. Reads no picture, so it takes seconds also for a large set. Boxes to be ignored (crowds,
+    groups, difficult ones) are no predictions.
     """
     for index in range(len(dataset)):
         truth = dataset.annotation(index)
-        found = {"boxes": truth["boxes"], "labels": truth["labels"], "scores": torch.ones(len(truth["labels"]))}
-        evaluator.update([truth], [found])
+        counts = ~truth["ignore"]
+        found = {"boxes": truth["boxes"][counts], "labels": truth["labels"][counts]}
+        evaluator.update([truth], [{**found, "scores": torch.ones(len(found["labels"]))}])
     return evaluator.compute()

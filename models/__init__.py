@@ -6,35 +6,44 @@ Every network has `name`, `num_classes`, `arguments` (`build(name, num_classes, 
 
 import inspect
 
-from models import published, ssd
+from models import backbones, published, retinanet, ssd
 from models.errors import WeightsError
 
-__all__ = ["ARCHITECTURES", "WeightsError", "build", "load", "published"]
+__all__ = ["ARCHITECTURES", "WeightsError", "build", "describe", "load", "published"]
 
-ARCHITECTURES = {**ssd.NETWORKS}  # name -> function of num_classes and the network's own arguments
+# name -> function of num_classes and the network's own arguments
+ARCHITECTURES = {**ssd.NETWORKS, "retinanet": retinanet.RetinaNet, **backbones.NETWORKS}
 FORMAT_VERSION = 1
 
 
 def build(name, num_classes, **arguments):
     """A network with fresh weights for `num_classes` classes, background not counted.
 
-    arguments: `box_sizes` (a (min, max) in pixels at 300 x 300 for each map, scaled with the image; None: as
-    published), `width_mult` (mb2-ssd-lite). Raises WeightsError on an unknown name or argument.
+    arguments: of the SSDs `box_sizes` (a (min, max) in pixels at 300 x 300 for each map, scaled with the image; None:
+    as published); of MobileNet v2's `width_mult`; of retinanet those of `retinanet.RetinaNet`. Raises WeightsError on
+    an unknown name or argument.
     """
     if name not in ARCHITECTURES:
         raise WeightsError(f"unknown network {name!r}; known are {', '.join(ARCHITECTURES)}")
     known = list(inspect.signature(ARCHITECTURES[name]).parameters)[1:]
     for argument in arguments:
         if argument not in known:
-            raise WeightsError(f"{name} takes no {argument!r}; it takes {', '.join(known)}")
+            raise WeightsError(f"{name} takes no {argument!r}; it takes {', '.join(known) or 'no argument'}")
     return ARCHITECTURES[name](num_classes, **arguments)
+
+
+def describe(net):
+    """What a checkpoint says of `net`, for `build` and for whoever feeds it pictures: a dict of plain values."""
+    names = ("num_classes", "arguments", "classes", "image_mean", "image_std")
+    return {"architecture": net.name, **{name: getattr(net, name) for name in names}}
 
 
 def load(path):
     """The network of a checkpoint of ours, or of a published file, in evaluation mode on the CPU; no flag needed.
 
     Averaged weights are used where the checkpoint has them. The network gets `classes` (names in label order; None for
-    a published file of unknown names) and `image_size` (height, width). Raises WeightsError.
+    a published file of unknown names) and `image_size` (height, width); a network that takes pictures of any shape gets
+    `min_side` and `max_side` instead, and None as `image_size`. Raises WeightsError.
     """
     saved = published.read(path)
     if "architecture" not in saved:
@@ -49,6 +58,8 @@ def load(path):
         print(f"{path}: using the averaged weights")
     published.load_strictly(net, published.trained_weights(saved), path)
     net.classes = list(saved["classes"])
-    size = saved.get("image_size", 300)
-    net.image_size = (size, size) if isinstance(size, int) else tuple(size)
+    size = saved.get("image_size", None if "min_side" in saved else 300)
+    net.image_size = (size, size) if isinstance(size, int) else size and tuple(size)
+    if "min_side" in saved:
+        net.min_side, net.max_side = saved["min_side"], saved["max_side"]
     return net.eval()

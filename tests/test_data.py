@@ -3,54 +3,58 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import tv_tensors
 
-from data import DataError, check_target, drawn, open_images, scenes, transforms, voc
-from data.boxes import BoxDataset, Paths, Records
-from data.classes import agree_on_classes, class_weights, read_labels
+from data import DataError, check_target, coco, csv_boxes, drawn, open_images, scenes, transforms, voc
+from data.boxes import BoxDataset, Paths, Records, clip
+from data.classes import agree_on_classes, class_weights, read_labels, read_numbered
 
 IMAGES, SEED = 24, 1
 
 
 @pytest.fixture(scope="module")
 def roots(drawn_voc, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("drawn") / "oi"
-    return {"voc": drawn_voc, "open_images": drawn.draw_open_images(folder, images=IMAGES, seed=SEED)}
+    draw = {"open_images": drawn.draw_open_images, "coco": drawn.draw_coco, "csv": drawn.draw_csv}
+    folder = tmp_path_factory.mktemp("drawn")
+    return {"voc": drawn_voc} | {name: draw[name](folder / name, images=IMAGES, seed=SEED) for name in draw}
 
 
-LOAD = {"voc": voc.load, "open_images": open_images.load}
+LOAD = {"voc": voc.load, "open_images": open_images.load, "coco": coco.load, "csv": csv_boxes.load}
 LAYOUTS = list(LOAD)
 
 
 def scene_of(dataset, index):
     """The scene behind a picture: its number is the file's name."""
     stem = dataset.paths[index].rsplit("/", 1)[-1].removesuffix(".jpg")
-    return scenes.draw_scene(SEED, int(stem, 16 if len(stem) == 16 else 10))
+    number = int(stem, 16 if len(stem) == 16 else 10)
+    return scenes.draw_scene(SEED, (number - 101) // 3 if dataset.source_ids is not None else number)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parsed_objects_are_those_drawn(roots, layout, split):
     dataset = LOAD[layout]([roots[layout]], split, classes=scenes.CLASSES)
-    assert len(dataset) == {"train": {"voc": 20, "open_images": 16}[layout], "val": 4}[split]
+    assert len(dataset) == {"train": 16 if layout == "open_images" else 20, "val": 4}[split]
     for index in range(len(dataset)):
         scene, (image, target) = scene_of(dataset, index), dataset[index]
         check_target(image, target, len(scenes.CLASSES))
         assert isinstance(target["boxes"], tv_tensors.BoundingBoxes)
         assert target["boxes"].canvas_size == target["size"] == tuple(image.shape[-2:]) == scene.image.shape[:2]
         assert target["image_id"] == index
-        boxes = torch.tensor(scene.boxes, dtype=torch.float32).view(-1, 4)
+        ignored = scene.crowd | scene.difficult if layout in ("voc", "csv") else scene.crowd
+        told = ~ignored if layout == "csv" else np.ones_like(ignored)  # csv has no word for what is to be ignored
+        boxes = torch.tensor(scene.boxes[told], dtype=torch.float32).view(-1, 4)
         torch.testing.assert_close(torch.Tensor(target["boxes"]), boxes, rtol=0, atol=1e-3)
-        assert target["labels"].tolist() == scene.labels.tolist()
-        ignored = scene.crowd | scene.difficult if layout == "voc" else scene.crowd
-        assert target["ignore"].tolist() == ignored.tolist()
+        assert target["labels"].tolist() == scene.labels[told].tolist()
+        assert target["ignore"].tolist() == ignored[told].tolist()
         assert (image.float() - torch.tensor(scene.image).permute(2, 0, 1)).abs().mean() < 8  # the picture it says
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_contract_holds_after_every_transform(roots, layout):
     dataset, kept, empty = LOAD[layout]([roots[layout]], "train"), 0, 0
-    assert dataset.classes == (list(scenes.CLASSES) if layout == "voc" else sorted(scenes.CLASSES))
+    assert dataset.classes == (sorted(scenes.CLASSES) if layout == "open_images" else list(scenes.CLASSES))
     for size, transform in (
         ((48, 64), transforms.ssd_train((48, 64), (123, 117, 104))),
         ((300, 300), transforms.ssd_evaluate((300, 300))),
@@ -99,9 +103,37 @@ def test_several_roots_are_joined(roots, layout):
     one = LOAD[layout]([roots[layout]], "train")
     two = LOAD[layout]([roots[layout], str(roots[layout])], "train")
     assert len(two) == 2 * len(one)
+    assert two.classes == one.classes
+    assert two.annotation_file is two.source_ids is two.category_ids is None
     for index in range(len(one)):
         assert two.paths[index] == two.paths[index + len(one)] == one.paths[index]
         assert two.annotation(index)["boxes"].tolist() == two.annotation(index + len(one))["boxes"].tolist()
+
+
+def test_a_spawned_worker_reads_the_same(roots):
+    """Whatever a data set holds must be picklable: not every system can fork."""
+    evaluate = transforms.ssd_evaluate((32, 32))
+    dataset = ConcatDataset([LOAD[layout]([roots[layout]], "val", transform=evaluate) for layout in LAYOUTS])
+    assert len(dataset) == 4 * len(LAYOUTS)
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    for (image, target), (own_image, own_target) in zip(loader, dataset, strict=True):
+        assert (image == own_image).all()
+        assert (target["boxes"] == own_target["boxes"]).all() and target["image_id"] == own_target["image_id"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_aspect_ratios(roots, layout):
+    dataset = LOAD[layout]([roots[layout]], "train")
+    aspects = dataset.aspects()
+    assert aspects.dtype == np.float64
+    assert aspects.tolist() == [h / w for h, w in (dataset[i][1]["size"] for i in range(len(dataset)))]
+    assert len(set(aspects)) > 3
+
+
+def test_a_picture_that_cannot_be_read_counts_as_square():
+    records = records_of([], 2)
+    records.sizes[2:] = records.sizes.__class__("i", (0, 0))
+    assert BoxDataset(records, ["dog"]).aspects().tolist() == [0.5, 1]
 
 
 # ---- flat arrays ----
@@ -137,13 +169,22 @@ def test_objects_in_any_order_reach_their_picture():
     ]
 
 
+def test_clipping():
+    assert list(clip((-5, 2.5, 30, 8), (10, 20))) == [0, 2.5, 20, 8]
+    for nothing in ((20, 0, 30, 8), (-9, 0, 0, 8), (3, 10, 5, 12), (5, 2, 5 + 1e-7, 8), (5, 2, 4, 8)):
+        assert clip(nothing, (10, 20)) is None, nothing
+
+
 def test_without_pictures():
     dataset = BoxDataset(records_of(OBJECTS, 5), ["dog", "cat"], relative=True, transform=len, seed=3)
+    assert dataset.without([0]).source_ids is None
+    dataset.source_ids = np.array([9, 7, 5, 3, 1])
     less = dataset.without([0, 2])
     assert [less.paths[index] for index in range(len(less))] == [f"pictures/{i} ü.jpg" for i in (1, 3, 4)]
     assert [less.annotation(index)["labels"].tolist() for index in range(3)] == [[0], [1, 0], []]
     assert less.annotation(1)["boxes"].tolist() == dataset.annotation(3)["boxes"].tolist()
     assert less.annotation(1)["ignore"].tolist() == [False, True]
+    assert less.source_ids.tolist() == [7, 3, 1]
     assert (less.relative, less.transform, less.seed, less.unknown) == (True, len, 3, {"emu": 1})
     assert len(dataset) == 5 and len(dataset.without(range(5))) == 0
 
@@ -190,6 +231,25 @@ def test_labels_file(tmp_path):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(DataError, match=reason):
             read_labels(file)
+
+
+def test_numbered_classes(tmp_path):
+    file = tmp_path / "classes.csv"
+    file.write_bytes(b'\xef\xbb\xbfteddy bear, 2\r\n\r\n"cat, big",0\r\ndog,1\r\n')
+    assert read_numbered(file) == ["cat, big", "dog", "teddy bear"]
+    for content, reason in (
+        ("name,id\ncat,0\n", "line 1: 'name,id' is not name,id with a whole number as id; a header"),
+        ("cat,0\ndog\n", "line 2: 'dog' is not name,id"),
+        ("cat,0\ndog,-1\n", "line 2: 'dog,-1' is not"),
+        ("cat,0\n\ncat,1\n", "line 3: class 'cat' comes twice"),
+        ("cat,1\ndog,2\n", "ids are 1, 2: number the 2 classes from 0 to 1, each once"),
+        ("cat,0\ndog,0\n", "ids are 0, 0: "),
+        ("\n", "holds no class"),
+        ("x" * 200_000, "not valid csv"),
+    ):
+        file.write_text(content)
+        with pytest.raises(DataError, match=reason):
+            read_numbered(file)
 
 
 def test_class_names_must_agree_with_a_checkpoint():

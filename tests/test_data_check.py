@@ -63,7 +63,7 @@ def test_check_data_lists_every_fault_and_writes_json(faulty, tmp_path):
     root, files = faulty
     report, said = tmp_path / "run/data_faults.json", []
     with pytest.raises(DataError, match=r"4 faults in the data, listed above: --bad-boxes .*; --bad-images "):
-        detection.check_data(*detection.load("voc", [root]), 0, report, said.append)
+        check.check_data(*detection.load("voc", [root]), 0, report, said.append)
     assert [line.split(": ")[0] for line in said] == [str(file) for file in files]
     content = json.loads(report.read_text())
     assert content["images"] == {"train": 19, "val": 4}
@@ -76,7 +76,7 @@ def test_check_data_lists_every_fault_and_writes_json(faulty, tmp_path):
 
 def test_check_data_on_clean_data(drawn_voc, tmp_path):
     said, report = [], tmp_path / "data_faults.json"
-    assert detection.check_data(*detection.load("voc", [drawn_voc]), 0, report, said.append) == {}
+    assert check.check_data(*detection.load("voc", [drawn_voc]), 0, report, said.append) == {}
     assert said == ["no fault in 20 training and 4 validation pictures"]
     assert json.loads(report.read_text()) == {"images": {"train": 20, "val": 4}, "faults": []}
 

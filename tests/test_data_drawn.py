@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -93,6 +94,103 @@ def test_open_images_layout(open_images):
             assert [row["IsGroupOf"] == "1" for row in mine] == scene.crowd.tolist()
             assert [row["IsOccluded"] == "1" for row in mine] == scene.difficult.tolist()
             index += 1
+
+
+def test_coco_layout(tmp_path):
+    coco, seen, index = drawn.draw_coco(tmp_path, images=IMAGES, seed=3), set(), 0
+    for part, count in (("train", 34), ("val", 6)):
+        content = json.loads((coco / f"annotations/instances_{part}2017.json").read_text())
+        assert [(c["id"], c["name"]) for c in content["categories"]] == list(zip((1, 3, 7, 10, 18), scenes.CLASSES))
+        assert len(content["images"]) == count == len(list((coco / f"{part}2017").iterdir()))
+        label_of = {category["id"]: label for label, category in enumerate(content["categories"])}
+        for image in content["images"]:
+            scene = scenes.draw_scene(3, index)
+            with Image.open(coco / f"{part}2017" / image["file_name"]) as file:
+                assert file.size == (image["width"], image["height"])
+            assert image["id"] > 0 and image["file_name"] == f"{image['id']:012d}.jpg"
+            mine = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+            assert [label_of[a["category_id"]] for a in mine] == scene.labels.tolist()
+            assert [a["iscrowd"] == 1 for a in mine] == scene.crowd.tolist()
+            for annotation, box, mask in zip(mine, scene.boxes, scene.masks, strict=True):
+                x, y, w, h = annotation["bbox"]
+                assert [x, y, x + w, y + h] == box.tolist()
+                np.testing.assert_array_equal(decoded(annotation["segmentation"]), mask)
+                assert annotation["area"] == mask.sum()
+                seen.add(annotation["id"])
+            index += 1
+    assert index == IMAGES and len(seen) > IMAGES  # ids are of one object each, over both files
+
+
+def decoded(segmentation):
+    """Uncompressed RLE -> bool [H,W]: runs down the columns, the first one outside."""
+    inside = np.arange(len(segmentation["counts"])) % 2 == 1
+    return np.repeat(inside, segmentation["counts"]).reshape(segmentation["size"], order="F")
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools's own
+def test_pycocotools_reads_the_masks():
+    mask_tools = pytest.importorskip("pycocotools.mask")
+    for mask in (np.zeros((4, 5), bool), np.ones((4, 5), bool), np.eye(4, 5, dtype=bool)):
+        rle = drawn.run_lengths(mask)
+        np.testing.assert_array_equal(decoded(rle), mask)
+        np.testing.assert_array_equal(mask_tools.decode(mask_tools.frPyObjects(rle, 4, 5)).astype(bool), mask)
+
+
+def test_csv_layout(tmp_path):
+    root = drawn.draw_csv(tmp_path, images=IMAGES, seed=3)
+    with open(root / "classes.csv", newline="") as file:
+        assert list(csv.reader(file)) == [[name, str(label)] for label, name in enumerate(scenes.CLASSES)]
+    left_out = background = index = 0
+    for part, count in (("train", 34), ("val", 6)):
+        with open(root / f"{part}.csv", newline="") as file:
+            rows = list(csv.reader(file))
+        assert all(len(row) == 6 for row in rows)
+        paths = list(dict.fromkeys(row[0] for row in rows))
+        assert len(paths) == count
+        for path in paths:
+            scene = scenes.draw_scene(3, index)
+            with Image.open(root / path) as image:
+                assert image.size == scene.image.shape[1::-1]
+            mine = [row[1:] for row in rows if row[0] == path]
+            plain = ~(scene.crowd | scene.difficult)
+            if plain.any():
+                assert [[int(value) for value in row[:4]] for row in mine] == scene.boxes[plain].tolist()
+                assert [row[4] for row in mine] == [scenes.CLASSES[label] for label in scene.labels[plain]]
+            else:
+                assert mine == [[""] * 5]
+                background += 1
+            left_out += (~plain).sum()
+            index += 1
+    assert index == IMAGES and background >= 3 and left_out > 0
+
+
+def test_imagefolder_layout(tmp_path):
+    root = drawn.draw_imagefolder(tmp_path, images=IMAGES, seed=3)
+    for part, indices in (("train", range(34)), ("val", range(34, 40))):
+        assert sorted(folder.name for folder in (root / part).iterdir()) == sorted(scenes.CLASSES)
+        for index in indices:
+            scene = scenes.draw_portrait(3, index)
+            assert len(scene.labels) == 1
+            with Image.open(root / part / scenes.CLASSES[scene.labels[0]] / f"{index:06d}.jpg") as image:
+                assert image.size == scene.image.shape[1::-1] and 80 <= min(image.size) <= max(image.size) <= 128
+    assert sum(1 for _ in root.rglob("*.jpg")) == IMAGES
+    with pytest.raises(DataError, match="draw 10 or more"):
+        drawn.draw_imagefolder(tmp_path / "few", images=9)
+
+
+def test_few_portraits_have_every_class_in_both_parts(tmp_path):
+    root = drawn.draw_imagefolder(tmp_path, images=10, size=(64, 64))
+    assert all(len(list((root / part / name).iterdir())) == 1 for part in ("train", "val") for name in scenes.CLASSES)
+
+
+def test_portraits_are_large_and_varied():
+    portraits = [scenes.draw_portrait(0, index, (96, 96)) for index in range(60)]
+    whole = [scene for scene in portraits if not scene.truncated[0]]
+    assert 0 < len(portraits) - len(whole) < 20
+    sides = np.array([(scene.boxes[0, 2:] - scene.boxes[0, :2]).max() for scene in whole])
+    assert sides.min() >= 0.4 * 96 and sides.max() <= 0.98 * 96 and sides.std() > 5
+    centres = np.array([(scene.boxes[0, 2:] + scene.boxes[0, :2]) / 2 for scene in portraits])
+    assert (centres.std(axis=0) > 8).all()
 
 
 def test_boxes_are_tight_around_the_masks_and_inside(many):
@@ -189,6 +287,10 @@ def test_refuses_a_folder_with_other_files(tmp_path):
 
 
 def test_command_line(tmp_path, capsys):
+    for layout in ("coco", "csv", "imagefolder"):
+        drawn.main([layout, str(tmp_path / layout), "--images", "10", "--size", "64x64"])
+        assert json.loads((tmp_path / layout / drawn.MARK).read_text())["layout"] == layout
+        assert "10 pictures" in capsys.readouterr().out
     drawn.main(["openimages", str(tmp_path / "set"), "--images", "3", "--size", "96x80", "--seed", "7"])
     assert "3 pictures, classes disc square triangle star ring" in capsys.readouterr().out
     with pytest.raises(SystemExit):

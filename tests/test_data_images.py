@@ -1,6 +1,8 @@
 """Reading pictures: every kind of file becomes upright RGB in uint8, or one line says why not."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -56,6 +58,26 @@ def test_exif_turns_the_picture_upright(tmp_path, pixels, orientation, suffix):
     exif[0x0112] = orientation
     stored.save(tmp_path / f"a.{suffix}", exif=exif)
     assert_reads(tmp_path / f"a.{suffix}", 3 if suffix == "jpg" else 0, pixels)
+
+
+def test_exif_behind_the_pixels_of_a_png(tmp_path, pixels):
+    """The standard allows it there; the size is read without decoding and must be that of the picture all the same."""
+    exif, plain, path = Image.Exif(), io.BytesIO(), tmp_path / "a.png"
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(plain, "PNG")
+    part = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    part = struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
+    path.write_bytes(plain.getvalue()[:-12] + part + plain.getvalue()[-12:])
+    assert image_size(path) == tuple(read_image(path).shape[1:]) == (WIDTH, HEIGHT)
+
+
+def test_a_size_comes_from_the_header_alone(tmp_path, pixels):
+    for kind in ("JPEG", "PNG", "BMP", "TIFF", "GIF"):
+        path, noise = tmp_path / kind, np.random.default_rng(0).integers(256, size=(200, 300, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path, kind, **({"compression": "raw"} if kind == "TIFF" else {}))
+        if kind != "TIFF":  # whose header may lie behind the pixels
+            path.write_bytes(path.read_bytes()[:5000])
+        assert image_size(path) == (200, 300)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])

@@ -61,6 +61,58 @@ def test_weights_are_chances():
     assert drawn[4] == 0
 
 
+# ---- batches of alike aspect ratio ----
+
+
+@pytest.mark.parametrize("weights", [None, "drawn"])
+@pytest.mark.parametrize(("count", "batch"), [(1003, 8), (640, 10), (7, 16), (9, 4), (1, 2)])
+def test_alike_aspects_keep_every_promise(count, batch, weights):
+    random = np.random.default_rng(4)
+    aspects = random.choice([0.56, 0.67, 0.75, 1.0, 1.33, 1.5], size=count)
+    weights = weights and random.dirichlet(np.ones(count))
+    steps = steps_in(3, count, batch)
+    options = {"seed": 2, "weights": weights, "aspects": aspects}
+    whole = batches_of(count, batch, steps, **options)
+    flat = [key for keys in whole for key in keys]
+    plain = [key for keys in batches_of(count, batch, steps, seed=2, weights=weights) for key in keys]
+    for epoch in range(3):  # the same pictures as without, which are each once where there are no weights
+        assert sorted(flat[epoch * count : (epoch + 1) * count]) == sorted(plain[epoch * count : (epoch + 1) * count])
+    for first in (1, steps // 2, steps - 1):
+        assert batches_of(count, batch, steps, first_step=first, **options) == whole[first:]
+    shares = [batches_of(count, batch, steps, rank=rank, world=2, **options) for rank in (0, 1)]
+    for keys, mine, yours in zip(whole, *shares, strict=True):
+        assert keys == [key for pair in zip(mine, yours, strict=True) for key in pair]
+
+
+def test_alike_aspects_waste_less_padding():
+    random = np.random.default_rng(0)
+    aspects = np.exp(random.normal(0, 0.35, size=2000))
+    area = (608 / np.minimum(1, aspects)) * (608 / np.minimum(1, 1 / aspects))
+
+    def padding(**options):
+        """Pixels of padding in one of pictures, over two epochs; shortest side 608."""
+        padded = 0
+        for keys in batches_of(2000, 12, steps_in(2, 2000, 12), seed=1, **options):
+            chosen = aspects[[index for _, index in keys]]
+            padded += 12 * max(608 * np.maximum(1, chosen)) * max(608 * np.maximum(1, 1 / chosen))
+        return padded / (2 * area.sum()) - 1
+
+    assert padding() > 0.8
+    assert padding(aspects=aspects) < 0.1
+
+
+def test_alike_aspects_are_shuffled():
+    aspects = np.arange(1000) / 1000
+    keys = batches_of(1000, 10, 300, seed=0, aspects=aspects)
+    means = np.array([aspects[[index for _, index in batch]].mean() for batch in keys])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2  # one batch tells nothing of the next
+    assert len({frozenset(batch) for batch in keys}) == 300
+    assert len({frozenset(index for _, index in batch) for batch in keys}) > 295  # other company in another epoch
+
+
+# ---- steps and epochs ----
+
+
 def test_steps_and_epochs():
     assert [steps_in(epochs, 10, 4) for epochs in (1, 2, 3)] == [3, 5, 8]
     assert steps_in(2.5, 10, 4) == 7

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from losses import multibox
+from losses import assignment, multibox
 from ops.boxes import encode
-from ops.matching import BACKGROUND, IGNORE, match, pad_boxes
+from ops.matching import BACKGROUND, match, pad_boxes
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 CLASSES, PRIORS = 3, 60
@@ -79,8 +79,8 @@ def plain_loss(outputs, anchors, targets, threshold=0.5, weights=None):
 @pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0, 4.0]])
 def test_equals_the_published_rule_in_plain_loops(batch, weights):
     anchors, targets, outputs = batch
-    goals = multibox.assign(anchors, targets, WEIGHTS)
-    positives = multibox.count(goals)
+    goals = assignment.assign(anchors, targets, WEIGHTS)
+    positives = assignment.count(goals)
     losses = multibox.loss(outputs, goals, positives, class_weights=weights and torch.tensor(weights))
     regression, classification, count = plain_loss(outputs, anchors, targets, weights=weights)
     assert positives.item() == count > 5
@@ -89,25 +89,10 @@ def test_equals_the_published_rule_in_plain_loops(batch, weights):
     torch.testing.assert_close(losses["classification_loss"].item(), classification / count, rtol=1e-5, atol=1e-5)
 
 
-def test_goals(batch):
-    anchors, targets, _ = batch
-    goals = multibox.assign(anchors, targets, WEIGHTS)
-    assert goals["labels"].shape == (4, PRIORS) and goals["labels"].dtype == torch.int64
-    assert goals["offsets"].isfinite().all()
-    for i, target in enumerate(targets):
-        for prior, box in enumerate(match(*pad_boxes([target], "cpu"), anchors, 0.5)[0].tolist()):
-            expected = {BACKGROUND: 0, IGNORE: -1}.get(box)
-            assert goals["labels"][i, prior] == (target["labels"][box] + 1 if expected is None else expected)
-            if box >= 0:
-                goal = encode(target["boxes"][box], anchors[prior], WEIGHTS)
-                torch.testing.assert_close(goals["offsets"][i, prior], goal)
-    assert (goals["labels"] == -1).any()
-
-
 def test_without_a_box(random):
     anchors, outputs = random_boxes(PRIORS, random), random_outputs(2, random)
-    goals = multibox.assign(anchors, [random_target(0, random)] * 2, WEIGHTS)
-    losses = multibox.loss(outputs, goals, multibox.count(goals).clamp(min=1))
+    goals = assignment.assign(anchors, [random_target(0, random)] * 2, WEIGHTS)
+    losses = multibox.loss(outputs, goals, assignment.count(goals).clamp(min=1))
     assert losses["regression_loss"].item() == 0
     assert losses["classification_loss"].item() > 0
     sum(losses.values()).backward()
@@ -119,13 +104,13 @@ def test_without_a_box(random):
 
 def test_batched_equals_single_pictures(batch):
     anchors, targets, outputs = batch
-    goals = multibox.assign(anchors, targets, WEIGHTS)
-    positives = multibox.count(goals)
+    goals = assignment.assign(anchors, targets, WEIGHTS)
+    positives = assignment.count(goals)
     together = multibox.loss(outputs, goals, positives)
     alone = []
     for i, target in enumerate(targets):
         one = {name: value[i : i + 1] for name, value in outputs.items()}
-        alone.append(multibox.loss(one, multibox.assign(anchors, [target], WEIGHTS), positives))
+        alone.append(multibox.loss(one, assignment.assign(anchors, [target], WEIGHTS), positives))
     for name, value in together.items():
         torch.testing.assert_close(sum(losses[name] for losses in alone), value)
 
@@ -133,14 +118,14 @@ def test_batched_equals_single_pictures(batch):
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 7])
 def test_pieces_with_a_shared_normaliser_equal_the_whole_batch(batch, number):
     anchors, targets, outputs = batch
-    goals = multibox.assign(anchors, targets, WEIGHTS)
-    positives = multibox.count(goals)
+    goals = assignment.assign(anchors, targets, WEIGHTS)
+    positives = assignment.count(goals)
     whole = multibox.loss(outputs, goals, positives)
     sum(whole.values()).backward()
     expected = outputs["logits"].grad.clone()
     outputs["logits"].grad = None
     images, total = torch.arange(4.0), dict.fromkeys(whole, 0.0)
-    parts = multibox.pieces(number, images, goals)
+    parts = assignment.pieces(number, images, goals)
     assert torch.cat([part for part, _ in parts]).tolist() == images.tolist()
     for part, part_goals in parts:
         rows = part.long()
@@ -189,12 +174,12 @@ def test_boxes_to_ignore_are_neither_positive_nor_mined(random):
         "labels": torch.tensor([1, 2]),
         "ignore": torch.tensor([True, False]),
     }
-    goals = multibox.assign(anchors, [target], WEIGHTS)
+    goals = assignment.assign(anchors, [target], WEIGHTS)
     assert goals["labels"][0, 7] == -1 and goals["labels"][0, 20] == 3
     outputs = random_outputs(1, random)
     with torch.no_grad():
         outputs["logits"][0, 7] = torch.tensor([-50.0, 0, 50, 0])  # would be mined first
-    sum(multibox.loss(outputs, goals, multibox.count(goals)).values()).backward()
+    sum(multibox.loss(outputs, goals, assignment.count(goals)).values()).backward()
     assert (outputs["logits"].grad[0, 7] == 0).all() and (outputs["offsets"].grad[0, 7] == 0).all()
     assert (outputs["logits"].grad[0, 20] != 0).any()
 
@@ -202,10 +187,10 @@ def test_boxes_to_ignore_are_neither_positive_nor_mined(random):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_outputs(batch, dtype):
     anchors, targets, outputs = batch
-    goals = multibox.assign(anchors, targets, WEIGHTS)
+    goals = assignment.assign(anchors, targets, WEIGHTS)
     half = {name: value.detach().to(dtype).requires_grad_() for name, value in outputs.items()}
-    losses = multibox.loss(half, goals, multibox.count(goals))
-    expected = multibox.loss({name: value.float() for name, value in half.items()}, goals, multibox.count(goals))
+    losses = multibox.loss(half, goals, assignment.count(goals))
+    expected = multibox.loss({name: value.float() for name, value in half.items()}, goals, assignment.count(goals))
     for name, value in losses.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, expected[name])
@@ -216,15 +201,9 @@ def test_half_precision_outputs(batch, dtype):
 @pytest.mark.parametrize("scale", [1e4, 1e8])
 def test_absurd_outputs_stay_finite(batch, random, scale):
     anchors, targets, _ = batch
-    goals = multibox.assign(anchors, targets, WEIGHTS)
+    goals = assignment.assign(anchors, targets, WEIGHTS)
     outputs = random_outputs(4, random, scale)
-    losses = multibox.loss(outputs, goals, multibox.count(goals))
+    losses = multibox.loss(outputs, goals, assignment.count(goals))
     assert all(value.isfinite() for value in losses.values())
     sum(losses.values()).backward()
     assert all(value.grad.isfinite().all() for value in outputs.values())
-
-
-def test_assign_does_not_keep_the_graph(batch):
-    anchors, targets, _ = batch
-    goals = multibox.assign(anchors.requires_grad_(), targets, WEIGHTS)
-    assert not goals["offsets"].requires_grad

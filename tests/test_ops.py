@@ -5,7 +5,8 @@ import torch
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou, nms
 
-from ops.boxes import decode, encode, pairwise_iou, to_centers, to_corners
+from ops import matching
+from ops.boxes import decode, encode, in_file_pixels, pairwise_iou, to_centers, to_corners
 from ops.images import normalize
 from ops.matching import BACKGROUND, IGNORE, match, pad_boxes
 from ops.suppress import detections, from_multibox
@@ -68,11 +69,24 @@ def test_a_box_of_no_area_overlaps_nothing():
     torch.testing.assert_close(pairwise_iou(point, anchors), torch.zeros(1, 2))
 
 
+def test_in_file_pixels():
+    targets = [{"boxes": torch.tensor([[10.0, 10, 20, 40]]), "shape": (100, 200), "size": (50, 400), "image_id": 7}]
+    targets.append({"boxes": torch.zeros(0, 4), "shape": (10, 10), "size": (20, 20), "image_id": 8})
+    scaled = in_file_pixels(targets, targets)
+    torch.testing.assert_close(scaled[0]["boxes"], torch.tensor([[20.0, 5, 40, 20]]))
+    assert scaled[1]["boxes"].shape == (0, 4) and [one["image_id"] for one in scaled] == [7, 8]
+    assert targets[0]["boxes"][0, 0] == 10  # a copy
+    found = in_file_pixels([{"boxes": targets[0]["boxes"], "scores": 1}, targets[1]], targets)
+    assert set(found[0]) == {"boxes", "scores"}
+    torch.testing.assert_close(found[0]["boxes"], scaled[0]["boxes"])
+
+
 # ---- matching ----
 
 
-def plain_match(target, anchors, threshold):
+def plain_match(target, anchors, threshold, low=None, keep_best=True):
     """The rule in words: what each anchor answers for, one at a time."""
+    low = threshold if low is None else low
     boxes, ignore = target["boxes"], target["ignore"].tolist()
     iou = box_iou(boxes, anchors).tolist()
     result = []
@@ -83,10 +97,10 @@ def plain_match(target, anchors, threshold):
                 best, overlap = b, iou[b][a]
         if overlap < threshold:
             on_ignored = any(ignore[b] and iou[b][a] >= threshold for b in range(len(boxes)))
-            best = IGNORE if on_ignored else BACKGROUND
+            best = IGNORE if on_ignored or overlap >= low else BACKGROUND
         result.append(best)
     for b in range(len(boxes)):
-        if not ignore[b]:
+        if not ignore[b] and keep_best:
             result[max(range(len(anchors)), key=lambda a: iou[b][a])] = b
     return result
 
@@ -105,18 +119,20 @@ def target_of(boxes, ignore=None):
     return {"boxes": boxes, "labels": torch.arange(len(boxes)), "ignore": ignore}
 
 
-def match_targets(targets, anchors, threshold=0.5):
-    return match(*pad_boxes(targets, anchors.device), anchors, threshold)
+def match_targets(targets, anchors, *rule):
+    return match(*pad_boxes(targets, anchors.device), anchors, *(rule or (0.5,)))
 
 
-def test_match_equals_a_plain_reference(random):
+@pytest.mark.parametrize(("low", "keep_best"), [(None, True), (0.08, False), (0.05, True)])
+def test_match_equals_a_plain_reference(random, low, keep_best):
     seen = set()
     for case in range(60):
         anchors = random_boxes(40, random)
         targets = [random_target(count, random) for count in (case % 9, 3, 0)]
         threshold = (0.1, 0.3, 0.5)[case % 3]
-        matched = match_targets(targets, anchors, threshold)
-        assert matched.tolist() == [plain_match(target, anchors, threshold) for target in targets]
+        rule = (threshold, low, keep_best)
+        matched = match_targets(targets, anchors, *rule)
+        assert matched.tolist() == [plain_match(target, anchors, *rule) for target in targets]
         seen |= set(matched.flatten().tolist())
     assert {BACKGROUND, IGNORE, 0, 1, 2, 3} <= seen
 
@@ -129,9 +145,32 @@ def test_batched_match_equals_single(random):
         assert match_targets([target], anchors)[0].tolist() == matched.tolist()
 
 
-def test_the_threshold_is_inclusive():
-    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4.9]])
-    assert match_targets([target_of([[0, 0, 10, 10]])], anchors).tolist() == [[0, 0, BACKGROUND]]
+def test_pictures_in_groups_match_as_together(random, monkeypatch):
+    anchors, targets = random_boxes(50, random), [random_target(count, random) for count in (5, 0, 1, 9, 2)]
+    together = match_targets(targets, anchors, 0.5, 0.4)
+    for pairs in (1, 2 * 9 * 50, 3 * 9 * 50):  # one, two, three pictures at once
+        monkeypatch.setattr(matching, "PAIRS_AT_ONCE", pairs)
+        assert match_targets(targets, anchors, 0.5, 0.4).tolist() == together.tolist()
+
+
+def test_the_thresholds_are_inclusive():
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4.9], [0, 0, 10, 2.5], [0, 0, 10, 2.4]])
+    target = target_of([[0, 0, 10, 10]])
+    assert match_targets([target], anchors).tolist() == [[0, 0, BACKGROUND, BACKGROUND, BACKGROUND]]
+    assert match_targets([target], anchors, 0.5, 0.25).tolist() == [[0, 0, IGNORE, IGNORE, BACKGROUND]]
+
+
+def test_without_keep_best_a_box_may_have_no_anchor():
+    anchors, small = torch.tensor([[0.0, 0, 10, 10], [50, 50, 90, 90]]), target_of([[2, 2, 3, 3]])
+    assert match_targets([small], anchors, 0.5, 0.4, False).tolist() == [[BACKGROUND, BACKGROUND]]
+    assert match_targets([small], anchors, 0.5, 0.4, True).tolist() == [[0, BACKGROUND]]
+
+
+@pytest.mark.parametrize("rule", [(0.0, None, False), (0.5, 0.0, True)])
+def test_no_threshold_matches_padding(rule):
+    anchors, target = torch.tensor([[0.0, 0, 10, 10], [50, 50, 90, 90]]), target_of([[0, 0, 10, 10]])
+    matched = match_targets([target, target_of([])], anchors, *rule)
+    assert matched.tolist() == [[0, BACKGROUND], [BACKGROUND, BACKGROUND]]
 
 
 def test_every_box_keeps_its_best_anchor_and_the_later_wins():

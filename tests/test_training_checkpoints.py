@@ -187,6 +187,16 @@ def test_killed_between_any_two_steps_of_a_save(folder, monkeypatch, call):
     assert read_step(folder / "previous.pt") == saved["step"]
 
 
+def test_only_the_newest_numbered_copies_are_kept(folder):
+    _, state, progress = parts()
+    for step in (8, 9, 10):
+        progress.step = step
+        checkpoints.save(folder, {**state, "progress": progress}, step_copy=step, keep=2)
+    numbered = sorted(path.name for path in folder.glob("step_*.pt"))
+    assert numbered == ["step_000009.pt", "step_000010.pt"]
+    assert read_step(folder / "last.pt") == 10
+
+
 def test_a_full_disk_is_told_and_leaves_the_old_one(folder, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")

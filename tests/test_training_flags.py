@@ -9,11 +9,9 @@ from training import flags
 def parser():
     parser = argparse.ArgumentParser(prog="train.py", description="One.\n\n  Two.", formatter_class=flags.HelpFormatter)
     parser.add_argument("--lr", "--learning-rate", type=float, default=0.01, help="base rate")
-    parser.add_argument("--epochs", "--num-epochs", type=int, default=30, help="how long")
     parser.add_argument("--coco_path", default="", help="registered with an underscore")
     parser.add_argument("--net", choices=("mb1-ssd", "mb2-ssd-lite"), default="mb1-ssd", help="which")
     parser.add_argument("--data", nargs="+", default=["data"], help="folders")
-    parser.add_argument("--milestones", default="80,100", help="epochs, by commas")
     parser.add_argument("--use-cuda", type=flags.str2bool, default=True, help="false: the CPU")
     parser.add_argument("--clip", action=argparse.BooleanOptionalAction, help="yes or no")
     parser.add_argument("--pair", nargs=2, type=int, help="two")
@@ -77,7 +75,7 @@ def test_recipe_values_have_the_types_of_the_command_line(parser, recipe):
         "pair = [1, 2]",
     ]
     args = flags.parse(parser, recipe("\n".join(lines)))
-    assert (args.lr, args.data, args.milestones, args.use_cuda) == (1.0, ["a", "b"], "80,100", False)
+    assert (args.lr, args.data, args.milestones, args.use_cuda) == (1.0, ["a", "b"], [80.0, 100.0], False)
     assert isinstance(args.lr, float)
     assert (args.clip, args.pair) == (True, [1, 2])
     args = flags.parse(parser, recipe("data = 'one'\nno-clip = true\ngpus = 0\n"))
@@ -120,7 +118,7 @@ def test_bad_command_lines_name_flag_and_reason(parser, argv, parts, capsys):
         ("epoch = 3", ["unknown key epoch", "did you mean epochs?"]),
         ("config = 'b.toml'", ["unknown key config"]),
         ("zzzzz = 1", ["unknown key zzzzz", "--help"]),
-        ("epochs = 3.5", ["epochs", "3.5 is not a whole number"]),
+        ("epochs = 3.5", ["epochs", "'3.5' is not a whole number"]),
         ("epochs = true", ["epochs", "expected a number, not true"]),
         ("epochs = '3'", ["epochs", "expected a number, not the text '3'"]),
         ("epochs = [1, 2]", ["epochs", "expected one value, not [1, 2]"]),

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 
 from training import schedule
 
@@ -37,3 +38,33 @@ def test_lr_factor():
 def test_due_fires_at_its_cadence_and_on_the_last_step():
     assert [step for step in range(1, 11) if schedule.due(step, 4, 10)] == [4, 8, 10]
     assert not any(schedule.due(step, 0, 10) for step in range(1, 11))
+
+
+def test_plateau_lowers_the_rate_as_torch_does():
+    losses = [3.0, 2.0, 2.0, 2.1, 2.0, 2.0, 1.9999, 1.5, 1.6, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5]
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=3)
+    ours = schedule.Plateau(patience=3)
+    for loss in losses:
+        optimizer.step()
+        theirs.step(loss)
+        ours.add(loss + 0.5, 2)  # an epoch's loss comes in parts
+        ours.add(loss - 0.5, 2)
+        ours.end_epoch()
+        assert ours.factor == pytest.approx(optimizer.param_groups[0]["lr"])
+    assert ours.factor == pytest.approx(0.001)
+
+
+def test_plateau_continues_from_its_state_and_is_empty_when_off():
+    first, second = schedule.Plateau(patience=1), schedule.Plateau(patience=1)
+    for loss in (1.0, 1.0):
+        first.add(loss, 5)
+        first.end_epoch()
+    first.add(1.0, 3)
+    second.load_state_dict(first.state_dict())
+    for plateau in (first, second):
+        plateau.add(1.0, 2)
+        plateau.end_epoch()
+    assert first.factor == second.factor == pytest.approx(0.1)
+    assert schedule.Plateau(patience=0).state_dict() == {}

@@ -13,7 +13,6 @@ import copy
 import hashlib
 import pickle
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,11 +21,12 @@ import torch
 from torch import nn
 
 from training import devices, files, flags
+from training.digest import feed
 from training.ema import Ema
 from training.flags import UsageError
 from training.signals import StopSignals
 
-__all__ = ["Ema", "Progress", "StopSignals", "changed", "fingerprint", "open_run", "read", "restore", "save"]
+__all__ = ["Ema", "Progress", "StopSignals", "changed", "export", "fingerprint", "open_run", "read", "restore", "save"]
 
 FORMAT_VERSION = 1
 NEW, LAST, PREVIOUS, BEST = "new.pt", "last.pt", "previous.pt", "best.pt"
@@ -68,11 +68,12 @@ class Progress:
             setattr(self, name, state[name])
 
 
-def save(folder, state, *, epoch_copy=None, step_copy=None, best=False):
+def save(folder, state, *, epoch_copy=None, step_copy=None, best=False, keep=0):
     """Write `state` as FOLDER/last.pt; what was last.pt becomes previous.pt. Only the main process writes.
 
     state: name -> object with state_dict(), or plain value (TypeError for any other). A Progress under any name is
     spread into its fields. epoch_copy, step_copy: also keep a numbered copy. best: also make it best.pt.
+    keep: numbered copies of each kind that stay, the newest; 0: all.
     Killed at any moment, the folder holds a whole last.pt, old or new. UsageError where it cannot be written.
     """
     if not devices.is_main():
@@ -93,6 +94,9 @@ def save(folder, state, *, epoch_copy=None, step_copy=None, best=False):
         if last.exists():
             files.duplicate(last, folder / PREVIOUS)  # a second name, so that there is a last.pt at every moment
         new.replace(last)
+        for pattern in NUMBERED if keep else ():
+            for old in sorted(folder.glob(pattern), key=_number_of)[:-keep]:
+                old.unlink()
         files.sync_folder(folder)
     except OSError as fault:
         new.unlink(missing_ok=True)
@@ -147,6 +151,27 @@ def open_run(folder, resume="", overwrite=False, evaluate_only=False, weights_fl
             f"{folder}: processes start from different steps {steps}; use a folder that all machines share"
         )
     return saved
+
+
+def export(path, contents):
+    """Write `contents` (name -> object with state_dict(), or plain value) as a file of its own, for other programs.
+
+    Only the main process writes. UsageError where it cannot be written.
+    """
+    if not devices.is_main():
+        return
+    plain = {name: _plain(name, _state_of(value)) for name, value in contents.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, lambda file: _serialise({"format_version": FORMAT_VERSION, **plain}, file))
+    except OSError as fault:
+        raise UsageError(f"{path}: not written: {fault.strerror or fault}; free some room") from fault
+
+
+def _number_of(path):
+    """The number of a numbered copy; 0 where a person's file only looks like one."""
+    number = path.stem.rpartition("_")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def _serialise(contents, file):
@@ -237,7 +262,7 @@ def fingerprint(state):
     digest = hashlib.sha256()
     for name in ("model", "optimizer"):
         if name in state:
-            _digest(digest, name, _state_of(state[name]))
+            feed(digest, name, _state_of(state[name]))
     return digest.hexdigest()
 
 
@@ -352,19 +377,6 @@ def _load_optimizer(file, optimizer, state):
     ]
     # A copy, for the optimizer would go on to write into the caller's tensors.
     optimizer.load_state_dict({"state": copy.deepcopy(state["state"]), "param_groups": groups})
-
-
-def _digest(digest, name, value):
-    if isinstance(value, torch.Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(flat.view(torch.uint8).numpy())
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            _digest(digest, f"{name}.{key}", value[key])
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _digest(digest, f"{name}.{index}", item)
 
 
 def _first_line(fault):

@@ -59,58 +59,82 @@ def str2bool(text):
 
 
 def add_run_arguments(parser):
-    """Declare the flags that every script has, in labelled groups. The script sets --monitor by parser.set_defaults."""
+    """Declare the flags that every script has, in labelled groups. The script sets their defaults with set_defaults."""
     count = number(int, 0)
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--config", default="", metavar="TOML", help="recipe: sets flags, below the command line")
-    run.add_argument("--resume", default="", metavar="auto|RUN|FILE", help="continue at the very next step")
-    run.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    run.add_argument("--eval-only", action="store_true", help="evaluate and exit")
-    run.add_argument("--preflight", action="store_true", help="try the largest batch, print memory peaks, exit")
-    run.add_argument("--seed", type=count, default=0, help="of weights, order and augmentation")
+    run = parser.add_argument_group("run").add_argument
+    run("--config", default="", metavar="TOML", help="recipe: sets flags, below the command line")
+    run("--checkpoint-folder", "--model-dir", dest="model_dir", default="runs/new", metavar="RUN", help="run folder")
+    run("--resume", default="", metavar="auto|RUN|FILE", help="continue at the very next step")
+    run("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    run("--eval-only", action="store_true", help="evaluate and exit")
+    run("--preflight", action="store_true", help="try the largest batch, print memory peaks, exit")
+    run("--seed", type=count, default=0, help="of weights, order and augmentation")
+    run("--validation-epochs", type=number(int, 1), default=1, help="validate every so many epochs")
+    run("--debug-steps", type=number(int, 1), default=10, help="log every so many steps")
+    levels = "warning: no line a step; debug: all flags too"
+    run("--log-level", choices=("debug", "info", "warning"), default="info", help=levels)
 
-    device = parser.add_argument_group("devices")
-    device.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    device.add_argument(
-        "--gpus", default="", metavar="0,1", help="GPUs of one process (DataParallel); else use torchrun"
-    )
-    device.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the network")
-    device.add_argument("--compile", action="store_true", help="torch.compile the network")
-    device.add_argument("--sync-bn", action="store_true", help="batch norm over all processes (GPUs)")
+    device = parser.add_argument_group("devices").add_argument
+    device("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    device("--gpus", default="", metavar="0,1", help="GPUs of one process (DataParallel); else use torchrun")
+    device("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the network")
+    device("--compile", action="store_true", help="torch.compile the network")
+    device("--sync-bn", action="store_true", help="batch norm over all processes (GPUs)")
+    device("--num-workers", "--workers", dest="workers", type=count, default=2, help="loader processes")
 
-    train = parser.add_argument_group("optimisation, every script")
-    train.add_argument("--accumulate", type=number(int, 1), default=1, help="pieces a batch is computed in")
-    train.add_argument("--ema", type=number(float, 0, 1), default=0.0, help="decay of averaged weights; 0: off")
-    train.add_argument("--clip-norm", type=number(float, 0), default=0.0, help="greatest gradient norm; 0: off")
-    train.add_argument("--scale-lr", action="store_true", help="scale the recipe's learning rate to the batch size")
-    train.add_argument("--freeze-bn", action="store_true", help="keep batch norm statistics and affine as they are")
+    train = parser.add_argument_group("optimisation").add_argument
+    train("--num-epochs", "--epochs", dest="epochs", type=number(int, 1), default=30, help="times through the data")
+    train("--batch-size", type=number(int, 1), default=4, help="pictures a step, over all processes")
+    train("--accumulate", type=number(int, 1), default=1, help="pieces a batch is computed in")
+    train("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd", help="update rule")
+    train("--lr-batch-size", type=count, default=0, help="batch size that the rates were chosen for, see --scale-lr")
+    train("--scale-lr", action="store_true", help="scale the learning rates from that batch size to this one")
+    train("--momentum", type=float, default=0.9, help="of sgd")
+    train("--weight-decay", type=float, default=5e-4, help="of weights")
+    train("--norm-weight-decay", type=float, help="of batch norm and biases; as --weight-decay if not given")
+    train("--t-max", type=number(float, 0), default=0, help="cosine: epochs until the rate is 0; 0: --epochs")
+    train("--milestones", type=numbers, default="8,11", help="multi-step: epochs after which the rate falls")
+    train("--gamma", type=float, default=0.1, help="factor on the rate where it falls")
+    train("--warmup-steps", type=count, default=0, help="steps of linear warm-up")
+    train("--ema", type=number(float, 0, 1), default=0.0, help="decay of averaged weights; 0: off")
+    train("--clip-norm", type=number(float, 0), default=0.0, help="greatest gradient norm; 0: off")
+    frozen = "keep batch norm statistics and affine as they are"
+    train("--freeze-bn", action=argparse.BooleanOptionalAction, default=False, help=frozen)
 
-    stop = parser.add_argument_group("stopping and saving")
-    stop.add_argument("--max-steps", type=count, default=0, help="stop after so many steps; 0: no cap")
-    stop.add_argument("--patience", type=count, default=0, help="evaluations without improvement to stop at; 0: off")
-    stop.add_argument("--monitor", default="", metavar="NAME", help="metric that chooses best.pt and feeds --patience")
-    stop.add_argument("--save-every-steps", type=count, default=0, help="also keep a numbered copy; 0: off")
-    stop.add_argument("--save-every-epochs", type=count, default=0, help="also keep a numbered copy; 0: off")
+    stop = parser.add_argument_group("stopping and saving").add_argument
+    stop("--max-steps", type=count, default=0, help="stop after so many steps; 0: no cap")
+    stop("--patience", type=count, default=0, help="evaluations without improvement to stop at; 0: off")
+    stop("--monitor", default="", metavar="NAME", help="metric that chooses best.pt and feeds --patience")
+    stop("--save-every-steps", type=count, default=0, help="also keep a numbered copy; 0: off")
+    stop("--save-every-epochs", type=count, default=0, help="also keep a numbered copy; 0: off")
+    stop("--keep", type=count, default=0, help="numbered copies of each kind to keep, the newest; 0: all")
+
+
+def add_data_arguments(parser):
+    """Declare the flags about faults and rare classes that every script has."""
+    faults = parser.add_argument_group("faults in the data, rare classes").add_argument
+    faults("--check-data", action="store_true", help="list every fault, write data_faults.json, exit 2 or 0")
+    skip = "pictures that cannot be read; skip reads every picture once before training"
+    faults("--bad-images", choices=("error", "skip"), default="error", help=skip)
+    faults("--balance-data", action="store_true", help="show pictures of rare classes more often")
+    weights = "weight of classes in the classification loss"
+    faults("--class-weights", default="", metavar="NAME=W,...", help=weights)
 
 
 def add_detection_arguments(parser):
     """Declare the flags about data that every detector on pictures and boxes has."""
-    faults = parser.add_argument_group("faults in the data, rare classes")
-    faults.add_argument(
-        "--check-data", action="store_true", help="list every fault, write data_faults.json, exit 2 or 0"
-    )
-    faults.add_argument("--bad-boxes", choices=("drop", "error"), default="drop", help="boxes without area")
-    skip = "pictures that cannot be read; skip reads every picture once before training"
-    faults.add_argument("--bad-images", choices=("error", "skip"), default="error", help=skip)
-    faults.add_argument(
-        "--voc-offset", type=int, choices=(0, 1), default=1, help="number of the first pixel in VOC's xml"
-    )
-    keep = "keep a checkpoint's order of classes where labels.txt has another"
-    faults.add_argument("--remap-by-name", action="store_true", help=keep)
-    faults.add_argument("--balance-data", action="store_true", help="show pictures of rare classes more often")
-    weights = "weight of classes in the classification loss"
-    faults.add_argument("--class-weights", default="", metavar="NAME=W,...", help=weights)
+    boxes = parser.add_argument_group("boxes and their files").add_argument
+    boxes("--bad-boxes", choices=("drop", "error"), default="drop", help="boxes without area")
+    boxes("--coco-train", default="train2017", metavar="SET", help="annotations/instances_SET.json and the folder SET")
+    boxes("--coco-val", default="val2017", metavar="SET", help="the same for validation")
+    rows = "rows path,x1,y1,x2,y2,class, and path,,,,, for a picture without boxes; else train.csv in --data"
+    boxes("--csv-train", default="", metavar="FILE", help=rows)
+    boxes("--csv-val", default="", metavar="FILE", help="the same to validate on; else val.csv or test.csv in --data")
+    boxes("--csv-classes", default="", metavar="FILE", help="rows name,id; else classes.csv in --data")
+    boxes("--voc-offset", type=int, choices=(0, 1), default=1, help="number of the first pixel in VOC's xml")
+    keep = "keep a checkpoint's order of classes where the data have another"
+    boxes("--remap-by-name", action="store_true", help=keep)
 
 
 def choose_monitor(name, default, metrics):
@@ -230,7 +254,7 @@ def _recipe_value(action, name, value):
         if len(items) < wanted or (isinstance(action.nargs, int) and len(items) > wanted):
             raise ValueError(f"expected {wanted} values, not {len(items)}")
         return [_recipe_scalar(action, item) for item in items]
-    if action.type is None and isinstance(value, list) and value and all(type(item) in (int, float) for item in value):
+    if action.type in (None, numbers) and isinstance(value, list) and value and all(type(item) in (int, float) for item in value):
         value = ",".join(map(str, value))  # `milestones = [80, 100]` for `--milestones 80,100`
     return _recipe_scalar(action, value)
 

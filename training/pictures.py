@@ -3,8 +3,11 @@
 import colorsys
 
 import torch
+from PIL import ImageDraw
 from torchvision.transforms.v2 import functional as F
-from torchvision.utils import draw_bounding_boxes
+from torchvision.utils import draw_bounding_boxes, make_grid
+
+CAPTION = 18  # pixels of a line of text
 
 
 def class_colour(label):
@@ -43,3 +46,20 @@ def beside_truth(image, target, detection, classes, threshold=0.3, side=480):
     left = draw(image, target["boxes"].as_subclass(torch.Tensor) * scale, target["labels"], classes)
     right = draw(image, boxes * scale, labels, classes, scores)
     return torch.cat([left, image.new_full((3, side, 8), 255), right], dim=2)
+
+
+def sheet(images, labels, found, classes, side=160, columns=8):
+    """Classified pictures in rows, the class found under each, and the true one too where it is another: uint8 [3,H,W].
+
+    images uint8 [3,h,w]; labels, found: int from 0.
+    """
+    cells = []
+    for image, label, answer in zip(images, labels, found):
+        text = classes[answer] if answer == label else f"{classes[answer]} (is {classes[label]})"
+        cell = F.resize_image(image.cpu(), [side, side], antialias=True)
+        cell = torch.cat([cell, cell.new_full((3, CAPTION, side), 255)], 1)
+        colour = (0, 110, 0) if answer == label else (180, 0, 0)
+        drawn = F.to_pil_image(cell)
+        ImageDraw.Draw(drawn).text((4, side + 2), text, fill=colour, font_size=CAPTION - 6)
+        cells.append(F.pil_to_tensor(drawn))
+    return make_grid(torch.stack(cells), nrow=columns, padding=4, pad_value=255)

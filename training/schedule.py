@@ -1,4 +1,4 @@
-"""Learning rate and cadence as pure functions of the step.
+"""Learning rate and cadence as pure functions of the step; one schedule, `Plateau`, looks at the loss too.
 
 A factor multiplies each parameter group's own base rate. Steps count from 0 here: the first update of a run uses the
 factor of step 0. Nothing is remembered between calls, so a resumed run continues with the rate it would have had.
@@ -43,6 +43,45 @@ def lr_factor(name, step, *, total=0, floor=0.0, milestones=(), gamma=0.1, warmu
     else:
         raise ValueError(f"no schedule {name!r}: use one of {', '.join(NAMES)}")
     return factor * warmup(step, warmup_steps)
+
+
+class Plateau:
+    """A factor on the learning rate that falls where the loss of the epochs no longer does.
+
+    After more than `patience` epochs in a row whose mean loss is not below the best one by a ten-thousandth of it, the
+    factor is multiplied by `gamma` (as torch's ReduceLROnPlateau does by default). With patience 0 the factor stays 1
+    and the state is empty. The one schedule that remembers: it goes into the checkpoint.
+    """
+
+    def __init__(self, patience, gamma=0.1):
+        self.patience, self.gamma = patience, gamma
+        self.factor, self.best, self.stale = 1.0, math.inf, 0
+        self.loss, self.steps = 0.0, 0  # of the present epoch: sum over its steps, and how many
+
+    def add(self, loss, steps):
+        """Note the mean loss over the last `steps` steps."""
+        self.loss += loss * steps
+        self.steps += steps
+
+    def end_epoch(self):
+        """Compare the epoch with the best one, lower the factor if it is time, begin the next."""
+        mean = self.loss / max(1, self.steps)
+        self.loss, self.steps = 0.0, 0
+        if mean < self.best * (1 - 1e-4):
+            self.best, self.stale = mean, 0
+            return
+        self.stale += 1
+        if self.patience and self.stale > self.patience:
+            self.factor, self.stale = self.factor * self.gamma, 0
+
+    def state_dict(self):
+        names = ("factor", "best", "stale", "loss", "steps")
+        return {name: getattr(self, name) for name in names} if self.patience else {}
+
+    def load_state_dict(self, state):
+        """Continue from `state_dict()`. KeyError names what is missing."""
+        for name in self.state_dict():
+            setattr(self, name, state[name])
 
 
 def due(step, every, total):

@@ -1,0 +1,88 @@
+"""What an evaluator keeps of targets and detections: flat arrays, one row an image, a ground truth box, a detection.
+
+I images, M ground truth boxes, N detections, those of all pictures end to end.
+"""
+
+import csv
+
+import numpy as np
+import torch
+
+# name of the field -> type kept
+IMAGE_FIELDS = {"image_id": np.int64, "truths": np.int64, "found": np.int64}  # id, and how many rows of the two below
+TRUTH_FIELDS = {"truth_boxes": np.float32, "truth_labels": np.int32, "truth_ignore": np.bool_}
+FOUND_FIELDS = {"found_boxes": np.float32, "found_labels": np.int32, "found_scores": np.float32}
+FIELDS = {**IMAGE_FIELDS, **TRUTH_FIELDS, **FOUND_FIELDS}
+
+
+class Rows:
+    """The pictures of one process, batch after batch, then those of all."""
+
+    def __init__(self, num_classes):
+        self.num_classes = num_classes
+        self._parts = {field: [] for field in FIELDS}
+
+    def add(self, targets, detections):
+        """Two lists of dicts of the same length, see `evaluation`. Tensors may lie on any device."""
+        if len(targets) != len(detections):
+            raise ValueError(f"{len(targets)} targets, but {len(detections)} detections")
+        if not targets:
+            return
+        rows = {
+            "image_id": np.array([int(target["image_id"]) for target in targets]),
+            "truths": np.array([len(target["boxes"]) for target in targets]),
+            "found": np.array([len(found["boxes"]) for found in detections]),
+        }
+        for prefix, dicts, fields in (("truth_", targets, TRUTH_FIELDS), ("found_", detections, FOUND_FIELDS)):
+            for field in fields:
+                rows[field] = joined(dicts, field.removeprefix(prefix))
+        for labels in (rows["truth_labels"], rows["found_labels"]):
+            if len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
+                raise ValueError(f"labels from {labels.min()} to {labels.max()}, but {self.num_classes} classes from 0")
+        for prefix, count, fields in (("truth", "truths", TRUTH_FIELDS), ("found", "found", FOUND_FIELDS)):
+            lengths = {field: len(rows[field]) for field in fields}
+            if set(lengths.values()) != {int(rows[count].sum())}:
+                raise ValueError(f"{prefix} fields differ in length: {lengths}")
+        for field, kind in FIELDS.items():
+            self._parts[field].append(rows[field].astype(kind))
+
+    def gathered(self, gather=None):
+        """The arrays of all processes by field, in the order of `in_order`; gather: see `evaluation`."""
+        mine = {field: stacked(self._parts[field], field) for field in FIELDS}
+        everyone = gather(mine) if gather else [mine]
+        return in_order({field: np.concatenate([part[field] for part in everyone]) for field in FIELDS})
+
+
+def joined(dicts, key):
+    """One numpy array of a field of all dicts: tensors or arrays, on any device, copied once for the whole batch."""
+    parts = [torch.as_tensor(item[key]).detach() for item in dicts]
+    whole = torch.cat([part.reshape(-1, 4) if key == "boxes" else part.reshape(-1) for part in parts])
+    return (whole.float() if whole.is_floating_point() else whole).cpu().numpy()
+
+
+def stacked(parts, field):
+    empty = np.zeros((0, 4) if field.endswith("boxes") else 0, FIELDS[field])
+    return np.concatenate([empty, *parts])
+
+
+def ragged(starts, counts):
+    """Indices start, start + 1 .. of every run of `count`, end to end."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+
+
+def in_order(data):
+    """The rows by rising image_id, each image once (the first stays), with `truth_image`, `found_image`: 0 to I - 1."""
+    ids, first = np.unique(data["image_id"], return_index=True)
+    out = {"image_id": ids}
+    for prefix, count, fields in (("truth", "truths", TRUTH_FIELDS), ("found", "found", FOUND_FIELDS)):
+        counts = data[count][first]
+        rows = ragged((np.cumsum(data[count]) - data[count])[first], counts)
+        out.update({field: data[field][rows] for field in fields})
+        out[f"{prefix}_image"] = np.repeat(np.arange(len(ids)), counts)
+    return out
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)

@@ -1,0 +1,50 @@
+"""Cross entropy for classification against torch's own."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from losses import classification
+
+
+@pytest.fixture
+def case():
+    """logits [12,7], labels [12], mixed labels [12,7]."""
+    random = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(12, 7, generator=random)
+    return logits, torch.randint(7, (12,), generator=random), torch.rand(12, 7, generator=random).softmax(1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_equals_torch_on_a_whole_batch(case, smoothing):
+    logits, *kinds = case
+    for labels in kinds:
+        losses = classification.loss(logits, labels, 12, smoothing)
+        assert set(losses) == {"cross_entropy"} and losses["cross_entropy"].shape == ()
+        expected = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        torch.testing.assert_close(losses["cross_entropy"], expected)
+
+
+def test_a_one_hot_row_is_its_label(case):
+    logits, labels, _ = case
+    one_hot = classification.loss(logits, F.one_hot(labels, 7).float(), 12, 0.1)
+    torch.testing.assert_close(one_hot, classification.loss(logits, labels, 12, 0.1))
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_pieces_sum_to_the_whole(case, kind):
+    logits, *kinds = case
+    labels, logits = kinds[kind], logits.requires_grad_()
+    whole = classification.loss(logits, labels, torch.tensor(12.0), 0.1)["cross_entropy"]
+    parts = zip(logits.split(5), labels.split(5))
+    total = sum(classification.loss(*part, torch.tensor(12.0), 0.1)["cross_entropy"] for part in parts)
+    torch.testing.assert_close(total, whole)
+    found, expected = (torch.autograd.grad(value, logits)[0] for value in (total, whole))
+    torch.testing.assert_close(found, expected)
+
+
+def test_half_precision_logits_are_summed_in_float32(case):
+    logits, labels, _ = case
+    loss = classification.loss(logits.bfloat16(), labels, 12)["cross_entropy"]
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(logits.bfloat16().float(), labels))
