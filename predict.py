@@ -13,22 +13,24 @@ import time
 from pathlib import Path
 
 import torch
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 import models
-from data import DataError
+from data import DataError, loader, transforms
 from data.images import SUFFIXES, read_image
 from models import WeightsError
+from ops import suppress
+from ops.boxes import in_file_pixels
 from ops.images import normalize
-from ops.suppress import from_multibox
 from training import devices, flags, pictures
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="predict.py", description=__doc__, formatter_class=flags.HelpFormatter)
     arg = parser.add_argument
-    arg("checkpoint", help="best.pt or last.pt of a run, or a published SSD file")
+    arg("checkpoint", help="best.pt or last.pt of a run, or a published detector's file")
     arg("pictures", nargs="+", help="files or folders")
     arg("--out", default="predictions", help="folder for what comes out")
     arg("--threshold", type=float, default=0.4, help="least score, 0 to 1")
@@ -57,15 +59,30 @@ def find_pictures(names):
 @torch.no_grad()
 def detect(net, images, run, threshold):
     """Detections for images (each uint8 [3,H,W], any size), one dict each, boxes in pixels of that image."""
-    size = tuple(net.image_size)
-    batch = torch.stack([F.resize_image(image, list(size), antialias=True) for image in images]).to(run.device)
+    if net.image_size:
+        resize, collate = transforms.ssd_evaluate(net.image_size), loader.PadCollate(1)
+    else:
+        resize, collate = transforms.pyramid_evaluate(net.min_side, net.max_side), loader.PadCollate(32)
+    samples = [resize(tv_tensors.Image(image), unknown(image)) for image in images]
+    batch, targets = collate(samples)
+    size, shapes = tuple(batch.shape[-2:]), [target["shape"] for target in targets]
     with run.autocast():
-        outputs = net(normalize(batch, net.image_mean, net.image_std))
-    found = from_multibox(outputs, net.anchors(size), net.box_weights, size, threshold)
-    for image, one in zip(images, found):
-        scale = [image.shape[-1] / size[1], image.shape[-2] / size[0]] * 2
-        one["boxes"] = one["boxes"] * one["boxes"].new_tensor(scale)
+        outputs = net(normalize(batch.to(run.device), net.image_mean, net.image_std, shapes))
+    if net.image_size:
+        found = suppress.from_multibox(outputs, net.anchors(size), net.box_weights, size, threshold)
+    else:
+        levels = net.level_sizes(size)
+        found = suppress.from_pyramid(outputs, net.anchors(size), net.box_weights, shapes, levels, threshold)
+    found = in_file_pixels(found, targets)
     return [{name: value.cpu() for name, value in one.items()} for one in found]
+
+
+def unknown(image):
+    """The target of a picture of which nothing is known."""
+    size = tuple(image.shape[-2:])
+    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
+    nothing = torch.zeros(0)
+    return {"boxes": boxes, "labels": nothing.long(), "ignore": nothing.bool(), "image_id": 0, "size": size}
 
 
 def free_name(folder, stem, written):
@@ -82,6 +99,8 @@ def main(argv=None):
     args = parse_args(argv)
     run = devices.setup(args.device, "", args.precision)
     net = models.load(args.checkpoint).to(run.device, memory_format=torch.channels_last)
+    if not hasattr(net, "box_weights"):
+        raise WeightsError(f"{args.checkpoint}: a {net.name}, which finds no boxes; give the checkpoint of a detector")
     names = net.classes or [f"class {label}" for label in range(net.num_classes)]
     files, out = find_pictures(args.pictures), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

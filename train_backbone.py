@@ -126,11 +126,14 @@ def main(argv=None):
     monitor = flags.choose_monitor(args.monitor, "top1", TAGS)
 
     # data
-    saved = (
-        None if args.check_data else checkpoints.open_run(out, args.resume, args.overwrite, args.eval_only, "--weights")
-    )
+    resume = (args.resume, args.overwrite, args.eval_only, "--weights")
+    saved = None if args.check_data else checkpoints.open_run(out, *resume)
     trained = saved and saved["classes"]
+    if not run.is_main:
+        run.barrier()  # the main process lists the files, the others read its list
     train_set, val_set = folders.load(args.data, args.train, args.val, trained, out, args.seed, run.say)
+    if run.is_main:
+        run.barrier()
     if args.check_data:
         return check.check_data(train_set, val_set, [], args.workers, out / "data_faults.json", run.say)
     if args.bad_images == "skip":
@@ -259,10 +262,9 @@ def main(argv=None):
                 train_mode(net, freeze_bn=args.freeze_bn)
                 log_evaluation(logger, step, metrics, kept, net.classes)
             if saving or best:
-                copies = {"epoch_copy": schedule.multiple(epoch, args.save_every_epochs), "keep": args.keep}
-                copies["step_copy"] = schedule.multiple(step, args.save_every_steps)
+                copies = schedule.copies(epoch, step, args.save_every_epochs, args.save_every_steps)
                 whole = {**state, **about, "progress": progress, "flags": vars(args)}
-                checkpoints.save(out, whole, best=best, **copies)
+                checkpoints.save(out, whole, best=best, keep=args.keep, **copies)
             if stopping or (args.patience and progress.stale >= args.patience):
                 break
     run.close()

@@ -6,9 +6,8 @@
     python train_retinanet.py --dataset coco --coco_path data/coco --model-dir runs/coco --resume auto --eval-only
     torchrun --nproc-per-node 8 train_retinanet.py --config configs/retinanet_r50_coco.toml --coco_path data/coco
 
-The defaults are those of yhenon/pytorch-retinanet. The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl,
-detections.json (COCO's results format) and what TensorBoard reads. Published COCO box AP of ResNet-50, not reproduced
-by us: 36.4 (torchvision, 1x), 33.5 (yhenon).
+The defaults are those of yhenon/pytorch-retinanet. The run folder gets what train_ssd.py's gets, and detections.json.
+Published COCO box AP of ResNet-50, not reproduced by us: 36.4 (torchvision, 1x), 33.5 (yhenon).
 """
 
 import argparse
@@ -35,7 +34,6 @@ from training.modes import train_mode
 USAGE = "python train_retinanet.py --dataset coco --coco_path FOLDER --model-dir RUN [flags]"
 # metrics of evaluate -> names in TensorBoard
 TAGS = {"loss": "Loss", "regression_loss": "Regression Loss", "classification_loss": "Classification Loss"}
-RECENT = 500  # steps of the running loss, as in the source
 
 
 def parse_args(argv):
@@ -64,7 +62,6 @@ def parse_args(argv):
     arg("--background-iou", type=float, default=0.4, help="IoU below which an anchor is background")
     arg("--match-best", action="store_true", help="every box keeps its best anchor (torchvision does so)")
     arg("--box-loss-weight", type=float, default=0.25, help="on the sum over the four offsets; 0.25: their mean")
-    arg("--box-loss-beta", type=float, default=1 / 9, help="where smooth L1 turns from square to straight")
     arg("--score-threshold", type=float, default=0.05, help="least score of a detection")
     arg("--nms-iou", type=float, default=0.5, help="IoU from which the lower score is suppressed")
     arg("--most-detections", type=flags.number(int, 1), default=100, help="detections a picture")
@@ -130,9 +127,8 @@ def log_evaluation(logger, step, metrics, coco, voc, kept):
         coco.write(logger.folder / "detections.json")
 
 
-def preflight(net, train_set, collate, args, run, *measures):
+def preflight(net, train_set, collate, args, run, assign, criterion, detect):
     """The batch with the most boxes forward, backward and through evaluation, then the peaks of memory."""
-    coco, assign, criterion, detect = measures
     images, targets = collate([train_set[i] for i in train_set.fullest(args.batch_size)])
     goals = assign(net.anchors(images.shape[-2:]), targets, net.box_weights)
     pixels = normalize(images.to(run.device), net.image_mean, net.image_std, [target["shape"] for target in targets])
@@ -140,9 +136,8 @@ def preflight(net, train_set, collate, args, run, *measures):
         with run.autocast():
             outputs = net(part)
         sum(criterion(outputs, part_goals, positives=1).values()).backward()
-    evaluate(net, [(images, targets)], run, coco, assign, criterion, detect)
-    boxes = sum(len(target["labels"]) for target in targets)
-    run.say(f"preflight: {len(images)} pictures, padded to {images.shape[-2]} x {images.shape[-1]}, {boxes} boxes")
+    evaluate(net, [(images, targets)], run, COCOEvaluator(net.classes), assign, criterion, detect)
+    run.say(f"preflight: {len(images)} pictures, padded to {images.shape[-2]} x {images.shape[-1]}")
     run.say(devices.memory_peaks(run, args.workers, images.nbytes))
 
 
@@ -156,10 +151,8 @@ def main(argv=None):
     # data
     resume = (args.resume, args.overwrite, args.eval_only, "--pretrained")
     saved = None if args.check_data else checkpoints.open_run(out, *resume)
-    names = {"coco_sets": (args.coco_train, args.coco_val), "voc_offset": args.voc_offset}
-    names["csv_files"] = (args.csv_train, args.csv_val, args.csv_classes)
-    trained = {"trained": saved and saved["classes"], "remap_by_name": args.remap_by_name}
-    *sets, faults = detection.load(args.dataset, args.data, seed=args.seed, **trained, **names)
+    names, trained = flags.names_in_data(args), saved and saved["classes"]
+    *sets, faults = detection.load(args.dataset, args.data, trained=trained, seed=args.seed, **names)
     if args.check_data:
         return check.check_data(*sets, faults, args.workers, out / "data_faults.json", run.say)
     train_set, val_set = detection.settle(*sets, faults, args.bad_boxes, args.bad_images, args.workers, run.say)
@@ -184,8 +177,7 @@ def main(argv=None):
     assign = functools.partial(assignment.assign, **matching)
     class_weights = classes.class_weights(args.class_weights, net.classes)
     class_weights = class_weights and torch.tensor(class_weights[1:], device=run.device)  # no background here
-    weights = {"beta": args.box_loss_beta, "box_weight": args.box_loss_weight, "class_weights": class_weights}
-    criterion = functools.partial(focal.loss, **weights)
+    criterion = functools.partial(focal.loss, box_weight=args.box_loss_weight, class_weights=class_weights)
     limits = {"score_threshold": args.score_threshold, "iou_threshold": args.nms_iou, "most": args.most_detections}
     detect = functools.partial(suppress.from_pyramid, **limits)
 
@@ -218,7 +210,7 @@ def main(argv=None):
     about = {**models.describe(net), "min_side": args.min_side[-1], "max_side": args.max_side, "flags": vars(args)}
     run.say(devices.describe(run))
     if args.preflight:
-        return preflight(net, train_set, collate, args, run, new_evaluator(), assign, criterion, detect)
+        return preflight(net, train_set, collate, args, run, assign, criterion, detect)
     if args.eval_only:
         with ema.applied(net):
             metrics, coco, voc, _ = evaluate(net, val_batches, run, new_evaluator(), assign, criterion, detect)
@@ -230,7 +222,8 @@ def main(argv=None):
         return metrics
 
     # train
-    for warning in devices.check_machine(args.workers, 3 * max(args.min_side) * args.max_side * batch // run.world):
+    size = (max(args.min_side), args.max_side)
+    for warning in devices.check_machine(args.workers, 3 * size[0] * size[1] * batch // run.world):
         run.say(f"WARNING: {warning}")
     balance, aspects = train_set.balance_weights() if args.balance_data else None, train_set.aspects()
     share = (run.rank, run.world, balance, aspects)
@@ -239,8 +232,7 @@ def main(argv=None):
     quiet = args.log_level == "warning"
     logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), quiet)
     meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
-    recent = deque(maxlen=max(1, RECENT // args.debug_steps))  # losses as logged
-    size = (max(args.min_side), args.max_side)
+    recent = deque(maxlen=max(1, 500 // args.debug_steps))  # losses of 500 steps, as in the source
     with checkpoints.StopSignals() as stop, logger, devices.memory_advice(run, size, batch, args.accumulate):
         for images, targets in logger.steps(batches):
             step = progress.step + 1
@@ -272,15 +264,13 @@ def main(argv=None):
             saving = epoch or stopping or schedule.due(step, args.save_every_steps, total) or step == total
             if saving or logger.due(step):
                 losses = log.read_losses(meter, run, optimizer, out)
-                plateau.add(losses["loss"], step - logged)
+                plateau.add(losses["loss"], step - logged, ends_epoch=epoch)
                 recent.append(losses["loss"])
                 values = {TAGS[name] + "/train": value for name, value in losses.items()}
                 values["Running Loss/train"] = sum(recent) / len(recent)
                 values["lr"] = optimizer.param_groups[-1]["lr"]
                 logger.log(step, values, images=(step - logged) * batch)
                 logged = step
-            if epoch:
-                plateau.end_epoch()
             best = False
             if not stopping and ((epoch and epoch % args.validation_epochs == 0) or step == total):
                 with ema.applied(net), logger.paused():
@@ -290,9 +280,8 @@ def main(argv=None):
                 log_evaluation(logger, step, metrics, *seen)
                 best = progress.improved(metrics[monitor], lower_is_better=monitor.endswith("loss"))
             if saving:
-                copies = {"epoch_copy": schedule.multiple(epoch, args.save_every_epochs), "keep": args.keep}
-                copies["step_copy"] = schedule.multiple(step, args.save_every_steps)
-                checkpoints.save(out, {**state, **about, "progress": progress}, best=best, **copies)
+                copies = schedule.copies(epoch, step, args.save_every_epochs, args.save_every_steps)
+                checkpoints.save(out, {**state, **about, "progress": progress}, best=best, keep=args.keep, **copies)
             if stopping or (args.patience and progress.stale >= args.patience):
                 break
     run.close()

@@ -142,10 +142,8 @@ def main(argv=None):
 
     # data
     saved = None if args.check_data else checkpoints.open_run(out, args.resume, args.overwrite, args.eval_only)
-    names = {"coco_sets": (args.coco_train, args.coco_val), "voc_offset": args.voc_offset}
-    names["csv_files"] = (args.csv_train, args.csv_val, args.csv_classes)
-    trained = {"trained": saved and saved["classes"], "remap_by_name": args.remap_by_name}
-    *sets, faults = detection.load(args.dataset_type, args.data, seed=args.seed, **trained, **names)
+    names, trained = flags.names_in_data(args), saved and saved["classes"]
+    *sets, faults = detection.load(args.dataset_type, args.data, trained=trained, seed=args.seed, **names)
     if args.check_data:
         return check.check_data(*sets, faults, args.workers, out / "data_faults.json", run.say)
     train_set, val_set = detection.settle(*sets, faults, args.bad_boxes, args.bad_images, args.workers, run.say)
@@ -267,9 +265,8 @@ def main(argv=None):
                 log_evaluation(logger, step, metrics, *seen)
                 best = progress.improved(metrics[monitor], lower_is_better=monitor.endswith("loss"))
             if saving:
-                copies = {"epoch_copy": schedule.multiple(epoch, args.save_every_epochs), "keep": args.keep}
-                copies["step_copy"] = schedule.multiple(step, args.save_every_steps)
-                checkpoints.save(out, {**state, **about, "progress": progress}, best=best, **copies)
+                copies = schedule.copies(epoch, step, args.save_every_epochs, args.save_every_steps)
+                checkpoints.save(out, {**state, **about, "progress": progress}, best=best, keep=args.keep, **copies)
             if stopping or (args.patience and progress.stale >= args.patience):
                 break
     run.close()

@@ -139,6 +139,8 @@ def begin_retinanet(net, pretrained, backbone_weights, fetch=True, say=print):
         return
     depth = net.arguments["depth"]
     name, source = f"resnet{depth}", backbone_weights
+    if backbone_weights == "none":
+        say("no weights to start from; batch norm must learn then: --no-freeze-bn")
     if backbone_weights == "auto":
         source, backbone_weights = f"ImageNet weights of {name}", "none"
         try:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from models import resnet
 from models.errors import WeightsError
-from models.layers import IMAGENET_MEAN, IMAGENET_STD, Conv3x3
+from models.layers import IMAGENET_MEAN, IMAGENET_STD, Conv3x3, initialise
 
 WIDTH = 256  # channels of every level and of the heads
 LEVELS = (3, 4, 5, 6, 7)  # a level's stride is 2 to its power
@@ -61,11 +61,10 @@ class Head(nn.Module):
         self.output, self.values = output, values
         self.conv = nn.Sequential(*(nn.Sequential(Conv3x3(WIDTH, WIDTH), nn.ReLU(inplace=True)) for _ in range(4)))
         self.add_module(output, Conv3x3(WIDTH, SHAPES * values))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
-        nn.init.constant_(getattr(self, output).bias, bias)
+        initialise(self.conv)
+        last = getattr(self, output)
+        nn.init.normal_(last.weight, std=0.01)
+        nn.init.constant_(last.bias, bias)
 
     def forward(self, levels):
         """Maps [B,C,h,w] of the levels -> [B,A,values]."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from training import checkpoints, devices, files
+from training import checkpoints, devices
 from training.flags import UsageError
 
 STEPS = 12
@@ -391,15 +391,3 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "is_main", lambda: False)
     checkpoints.save(tmp_path / "run", {"model": network()})
     assert not (tmp_path / "run").exists()
-
-
-def test_files_keep_the_old_contents_when_writing_fails(tmp_path):
-    files.write_text(tmp_path / "a", "old")
-
-    def fail(file):
-        file.write(b"half")
-        raise Killed
-
-    with pytest.raises(Killed):
-        files.write(tmp_path / "a", fail)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

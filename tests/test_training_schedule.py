@@ -50,8 +50,7 @@ def test_plateau_lowers_the_rate_as_torch_does():
         optimizer.step()
         theirs.step(loss)
         ours.add(loss + 0.5, 2)  # an epoch's loss comes in parts
-        ours.add(loss - 0.5, 2)
-        ours.end_epoch()
+        ours.add(loss - 0.5, 2, ends_epoch=True)
         assert ours.factor == pytest.approx(optimizer.param_groups[0]["lr"])
     assert ours.factor == pytest.approx(0.001)
 
@@ -59,12 +58,10 @@ def test_plateau_lowers_the_rate_as_torch_does():
 def test_plateau_continues_from_its_state_and_is_empty_when_off():
     first, second = schedule.Plateau(patience=1), schedule.Plateau(patience=1)
     for loss in (1.0, 1.0):
-        first.add(loss, 5)
-        first.end_epoch()
+        first.add(loss, 5, ends_epoch=True)
     first.add(1.0, 3)
     second.load_state_dict(first.state_dict())
     for plateau in (first, second):
-        plateau.add(1.0, 2)
-        plateau.end_epoch()
+        plateau.add(1.0, 2, ends_epoch=True)
     assert first.factor == second.factor == pytest.approx(0.1)
     assert schedule.Plateau(patience=0).state_dict() == {}

@@ -128,13 +128,23 @@ def add_detection_arguments(parser):
     boxes("--bad-boxes", choices=("drop", "error"), default="drop", help="boxes without area")
     boxes("--coco-train", default="train2017", metavar="SET", help="annotations/instances_SET.json and the folder SET")
     boxes("--coco-val", default="val2017", metavar="SET", help="the same for validation")
-    rows = "rows path,x1,y1,x2,y2,class, and path,,,,, for a picture without boxes; else train.csv in --data"
+    rows = "rows path,x1,y1,x2,y2,class, path,,,,, for no box; else train.csv, val.csv, classes.csv in --data"
     boxes("--csv-train", default="", metavar="FILE", help=rows)
-    boxes("--csv-val", default="", metavar="FILE", help="the same to validate on; else val.csv or test.csv in --data")
-    boxes("--csv-classes", default="", metavar="FILE", help="rows name,id; else classes.csv in --data")
+    boxes("--csv-val", default="", metavar="FILE", help="the same to validate on, needed with --csv-train")
+    boxes("--csv-classes", default="", metavar="FILE", help="rows name,id; without it, the names found")
     boxes("--voc-offset", type=int, choices=(0, 1), default=1, help="number of the first pixel in VOC's xml")
     keep = "keep a checkpoint's order of classes where the data have another"
     boxes("--remap-by-name", action="store_true", help=keep)
+
+
+def names_in_data(args):
+    """What data.detection.load is to know of the flags that `add_detection_arguments` declared -> dict."""
+    return {
+        "coco_sets": (args.coco_train, args.coco_val),
+        "csv_files": (args.csv_train, args.csv_val, args.csv_classes),
+        "voc_offset": args.voc_offset,
+        "remap_by_name": args.remap_by_name,
+    }
 
 
 def choose_monitor(name, default, metrics):
@@ -254,7 +264,8 @@ def _recipe_value(action, name, value):
         if len(items) < wanted or (isinstance(action.nargs, int) and len(items) > wanted):
             raise ValueError(f"expected {wanted} values, not {len(items)}")
         return [_recipe_scalar(action, item) for item in items]
-    if action.type in (None, numbers) and isinstance(value, list) and value and all(type(item) in (int, float) for item in value):
+    listed = action.type in (None, numbers) and isinstance(value, list)
+    if listed and value and all(type(item) in (int, float) for item in value):
         value = ",".join(map(str, value))  # `milestones = [80, 100]` for `--milestones 80,100`
     return _recipe_scalar(action, value)
 

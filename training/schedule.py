@@ -58,13 +58,12 @@ class Plateau:
         self.factor, self.best, self.stale = 1.0, math.inf, 0
         self.loss, self.steps = 0.0, 0  # of the present epoch: sum over its steps, and how many
 
-    def add(self, loss, steps):
-        """Note the mean loss over the last `steps` steps."""
+    def add(self, loss, steps, ends_epoch=False):
+        """Note the mean loss over the last `steps` steps; at an epoch's end compare it with the best one."""
         self.loss += loss * steps
         self.steps += steps
-
-    def end_epoch(self):
-        """Compare the epoch with the best one, lower the factor if it is time, begin the next."""
+        if not ends_epoch:
+            return
         mean = self.loss / max(1, self.steps)
         self.loss, self.steps = 0.0, 0
         if mean < self.best * (1 - 1e-4):
@@ -89,6 +88,10 @@ def due(step, every, total):
     return every > 0 and (step % every == 0 or step == total)
 
 
-def multiple(number, every):
-    """`number` if it is a multiple of `every`, both above 0, else None: for the numbered copies of a checkpoint."""
-    return number if number > 0 and every > 0 and number % every == 0 else None
+def copies(epoch, step, every_epochs, every_steps):
+    """Which numbered copies of a checkpoint are due -> {"epoch_copy": number or None, "step_copy": number or None}.
+
+    epoch: epochs done if `step` completed one, else 0. 0 in place of an `every` is off.
+    """
+    pairs = {"epoch_copy": (epoch, every_epochs), "step_copy": (step, every_steps)}
+    return {name: n if n > 0 and every > 0 and n % every == 0 else None for name, (n, every) in pairs.items()}
