@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-LOGITS_AT_ONCE = 1 << 21  # 8 MB of float32: in cache, and few enough pieces for a GPU
+LOGITS_AT_ONCE = 1 << 19  # 2 MB of float32: in cache, and few enough pieces for a GPU
 
 
 def loss(outputs, goals, positives, alpha=0.25, gamma=2.0, beta=1 / 9, box_weight=1.0, class_weights=None):
@@ -50,14 +50,18 @@ class FocalSum(torch.autograd.Function):
         rows, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1, 1)  # [BA,K], [BA,1]
         kept = torch.float32 if logits.dtype == torch.float16 else logits.dtype  # float16 has no place for p ** 3
         gradient = torch.empty_like(rows, dtype=kept) if ctx.needs_input_grad[0] else None
-        total = background(rows, labels, 1 - alpha, gamma, gradient)
+        total = background(rows, torch.where(labels < 0, 0.0, 1 - alpha), gamma, gradient)
         positive, own_class = labels > 0, (labels - 1).clamp(min=0)
-        value, slope = focal(-rows.gather(1, own_class).float(), gamma)  # [BA,1]
+        own = rows.gather(1, own_class).float()  # [BA,1]
+        said = focal(own, gamma)[0]  # as if it were background, which is what was summed
+        value, slope = focal(-own, gamma)
         weight = alpha if class_weights is None else alpha * class_weights[own_class]
-        total = total + torch.where(positive, weight * value, 0).sum()
+        total = total + torch.where(positive, weight * value - (1 - alpha) * said, 0).sum()
         if gradient is not None:
+            # flat: scatter_ would copy the whole gradient
+            place = (torch.arange(len(rows), device=rows.device) * rows.shape[1])[:, None] + own_class  # [BA,1]
             there = gradient.gather(1, own_class)
-            gradient.scatter_(1, own_class, torch.where(positive, (-weight * slope).to(kept), there))
+            gradient.view(-1)[place] = torch.where(positive, (-weight * slope).to(kept), there)
             ctx.save_for_backward(gradient.view_as(logits))
             ctx.dtype = logits.dtype
         return total
@@ -69,29 +73,32 @@ class FocalSum(torch.autograd.Function):
         return (gradient * grad_output).to(ctx.dtype), None, None, None, None
 
 
-def background(rows, labels, weight, gamma, gradient):
-    """Sum of `weight` * focal(rows [N,K]) over what is background; its gradient is written into `gradient` [N,K].
-
-    labels int64 [N,1]: the own class of a positive row and every class of a row to leave out count as 0.
-    """
+def background(rows, weights, gamma, gradient):
+    """Sum of weights [N,1] * focal(rows [N,K]); its gradient is written into `gradient` [N,K]."""
     at_once = max(1, LOGITS_AT_ONCE // rows.shape[1])
     sums = []
-    for i, (some, label) in enumerate(zip(rows.split(at_once), labels.split(at_once))):
-        own_class = (label - 1).clamp(min=0)
-        # a logit of -inf costs nothing and pulls nowhere
-        own = some.gather(1, own_class).float().masked_fill(label != 0, -torch.inf)
-        value, slope = focal(some.float().masked_fill(label < 0, -torch.inf).scatter_(1, own_class, own), gamma)
-        sums.append(value.sum())
+    for i, (some, weight) in enumerate(zip(rows.split(at_once), weights.split(at_once))):
+        p, power, entropy = parts(some.float(), gamma)
+        power.mul_(weight)
+        sums.append(torch.dot(power.view(-1), entropy.view(-1)))
         if gradient is not None:
-            torch.mul(slope, weight, out=gradient[i * at_once : i * at_once + len(some)])
-    return weight * torch.stack(sums).sum()
+            torch.mul(power, slope_of(p, entropy, gamma), out=gradient[i * at_once : i * at_once + len(some)])
+    return torch.stack(sums).sum()
+
+
+def parts(logits, gamma):
+    """(p, p ** gamma, -log(1 - p)) of p = sigmoid(logits): the last two make what a background answer costs."""
+    p = logits.sigmoid()
+    return p, p * p if gamma == 2 else p**gamma, F.softplus(logits)
+
+
+def slope_of(p, entropy, gamma):
+    """The derivative of p ** gamma * entropy by the logit, over p ** gamma."""
+    return torch.add(p, torch.addcmul(entropy, entropy, p, value=-1), alpha=gamma)
 
 
 def focal(logits, gamma):
     """What a background answer costs before its weight, p ** gamma * -log(1 - p) with p = sigmoid(logits), and its
     derivative. Of the opposite answer these are the cost and minus the derivative at -logits."""
-    p = logits.sigmoid()
-    power = p * p if gamma == 2 else p**gamma
-    value = F.softplus(logits).mul_(power)
-    slope = torch.addcmul(value, value, p, value=-1)  # (1 - p) value, to which belong the power's share and then p's
-    return value, slope.mul_(gamma).addcmul_(power, p)
+    p, power, entropy = parts(logits, gamma)
+    return power * entropy, power * slope_of(p, entropy, gamma)

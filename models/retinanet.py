@@ -63,7 +63,7 @@ class Head(nn.Module):
         self.add_module(output, Conv3x3(WIDTH, SHAPES * values))
         initialise(self.conv)
         last = getattr(self, output)
-        nn.init.normal_(last.weight, std=0.01)
+        nn.init.zeros_(last.weight)  # the first answers are the prior and the anchors, whatever comes in
         nn.init.constant_(last.bias, bias)
 
     def forward(self, levels):

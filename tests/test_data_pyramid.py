@@ -127,8 +127,10 @@ def test_a_multiple_is_not_rounded_further():
 
 
 def test_collate_labels():
-    samples = [(tv_tensors.Image(torch.full((3, 4, 5), value, dtype=torch.uint8)), value) for value in (3, 9)]
-    images, labels = collate_labels(samples)
+    samples = [
+        (tv_tensors.Image(torch.full((3, 4, 5), value, dtype=torch.uint8)), value, value + 1) for value in (3, 9)
+    ]
+    images, labels, image_ids = collate_labels(samples)
     assert type(images) is torch.Tensor and images.shape == (2, 3, 4, 5) and images.dtype == torch.uint8
-    assert labels.dtype == torch.int64 and labels.tolist() == [3, 9]
+    assert labels.dtype == torch.int64 and labels.tolist() == [3, 9] and image_ids == [4, 10]
     assert images[1].unique().tolist() == [9]

@@ -176,7 +176,7 @@ def test_begin_with_imagenet_weights(tmp_path, monkeypatch):
     assert said[1].startswith("WARNING: ") and "FROM SCRATCH" in said[1] and "--no-freeze-bn" in said[1]
     published.begin_retinanet(net, "", "none", say=said.append)
     published.begin_retinanet(net, "", "auto", fetch=False, say=said.append)
-    assert len(said) == 2
+    assert len(said) == 3 and "--no-freeze-bn" in said[2]
     torch.testing.assert_close(net.backbone.body.conv1.weight, before, rtol=0, atol=0)
 
     source = torchvision.models.resnet18(weights=None)
