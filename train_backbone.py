@@ -67,15 +67,16 @@ def parse_args(argv):
 
 
 @torch.no_grad()
-def evaluate(net, batches, run, keep=0):
+def evaluate(net, batches, run, keep=()):
     """Mean loss, top-1 and top-5 over the whole set -> (metrics, TopK, [(image, label, found label)] to look at).
 
     Batch norm statistics stay untouched. Every process takes its share of the pictures, all get the same metrics.
+    keep: ids of the pictures that come back, as far as they are in this process's share.
     """
     topk, kept = TopK(), []
     sums = torch.zeros(2, dtype=torch.float64)  # loss, pictures
     net.eval()
-    for images, labels, _ in batches:
+    for images, labels, image_ids in batches:
         pixels = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std)
         with run.autocast():
             logits = net(pixels)
@@ -83,7 +84,8 @@ def evaluate(net, batches, run, keep=0):
         entropy = classification.loss(logits, labels, count=1)["cross_entropy"]
         sums += torch.tensor([entropy.item(), len(labels)], dtype=torch.float64)
         topk.update(labels, logits)
-        kept += list(zip(images, labels.tolist(), logits.argmax(1).tolist()))[: keep - len(kept)]
+        answers = zip(image_ids, images, labels.tolist(), logits.argmax(1).tolist())
+        kept += [answer for image_id, *answer in answers if image_id in keep]
     sums = run.mean(sums)
     return {"loss": float(sums[0] / sums[1]), **topk.compute(run.gather)}, topk, kept
 
@@ -210,7 +212,7 @@ def main(argv=None):
     quiet = args.log_level == "warning"
     logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), quiet)
     meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
-    right = log.Meter()
+    right, shown = log.Meter(), set(range(0, len(val_set), -(-len(val_set) // 16)))  # 16 pictures, from all classes
     with checkpoints.StopSignals() as stop, logger, devices.memory_advice(run, size, batch, args.accumulate):
         for images, labels, image_ids in logger.steps(batches):
             step = progress.step + 1
@@ -255,7 +257,7 @@ def main(argv=None):
             if not stopping and (due or step == total):
                 with ema.applied(net), logger.paused():
                     run.share_statistics(net)
-                    metrics, topk, kept = evaluate(net, val_batches, run, keep=16)
+                    metrics, topk, kept = evaluate(net, val_batches, run, keep=shown)
                     best = progress.improved(metrics[monitor], lower_is_better=monitor == "loss")
                     if best:
                         checkpoints.export(out / "backbone.pt", {**about, "model": net})

@@ -1,4 +1,4 @@
-"""Train SSD (MobileNet v1 and v2, VGG16, SqueezeNet) on Pascal VOC or Open Images folders.
+"""Train SSD (MobileNet v1 and v2, VGG16, SqueezeNet) on Pascal VOC, Open Images, COCO or csv data.
 
     python train_ssd.py --dataset-type voc --data data/drone --model-dir runs/drone
     python train_ssd.py --config configs/ssd_mb1_small.toml --data data/cells --model-dir runs/cells

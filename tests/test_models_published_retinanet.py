@@ -182,5 +182,5 @@ def test_begin_with_imagenet_weights(tmp_path, monkeypatch):
     source = torchvision.models.resnet18(weights=None)
     torch.save(source.state_dict(), path)
     published.begin_retinanet(net, "", "auto", say=said.append)
-    assert said[2] == "ImageNet weights of resnet18: 120 of 120 tensors of the backbone taken"
+    assert said[3] == "ImageNet weights of resnet18: 120 of 120 tensors of the backbone taken"
     torch.testing.assert_close(net.backbone.body.conv1.weight, source.conv1.weight, rtol=0, atol=0)

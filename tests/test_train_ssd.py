@@ -1,12 +1,8 @@
 """train_ssd.py and predict.py as a person runs them, on drawn data small enough for seconds."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import models
 import predict
 import train_ssd
-from data import DataError
+from data import DataError, drawn
+from tests import scripts
+from tests.scripts import last_line, tensors, wait_for
 from training import checkpoints, flags, log
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--dataset-type", "voc", "--pretrained-ssd", "none", "--resolution", "96", "--batch-size", "4"]
 SMALL += ["--workers", "0", "--device", "cpu", "--precision", "fp32", "--lr", "0.001", "--log-level", "warning"]
 
@@ -28,17 +25,8 @@ def train(data, out, *more):
 
 
 def launch(data, out, *more, processes=0):
-    """The script in a process of its own, or in several under torchrun."""
-    start = [sys.executable]
-    if processes:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*start, "train_ssd.py", *SMALL, "--data", str(data), "--model-dir", str(out), *map(str, more)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def tensors(folder):
-    return checkpoints.read(Path(folder) / "last.pt")["model"]
+    words = [*SMALL, "--data", str(data), "--model-dir", str(out), *more]
+    return scripts.launch("train_ssd.py", *words, processes=processes)
 
 
 def test_trains_evaluates_and_leaves_a_whole_run(drawn_voc, tmp_path):
@@ -72,9 +60,7 @@ def test_a_killed_run_resumes_to_the_same_weights(drawn_voc, tmp_path):
     more = ["--save-every-steps", 3, "--max-steps", 6, "--validation-epochs", 9]
     train(drawn_voc, tmp_path / "whole", *more)
     process = launch(drawn_voc, tmp_path / "killed", *more)
-    while not (tmp_path / "killed" / "step_000003.pt").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
+    wait_for(tmp_path / "killed" / "step_000003.pt", process)
     process.kill()
     process.communicate()
     train(drawn_voc, tmp_path / "killed", *more, "--resume", "auto")
@@ -84,14 +70,12 @@ def test_a_killed_run_resumes_to_the_same_weights(drawn_voc, tmp_path):
 
 def test_sigterm_finishes_the_step_and_saves(drawn_voc, tmp_path):
     process = launch(drawn_voc, tmp_path, "--epochs", 1000, "--validation-epochs", 1000, "--debug-steps", 1)
-    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
+    wait_for(tmp_path / "metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143
     saved = checkpoints.read(tmp_path / "last.pt")
-    assert saved["step"] == json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert saved["step"] == last_line(tmp_path)["step"]
 
 
 def test_two_processes_equal_one(drawn_voc, tmp_path):
@@ -118,10 +102,10 @@ def test_two_processes_equal_one(drawn_voc, tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     torch.testing.assert_close(tensors(tmp_path / "two"), tensors(tmp_path / "one"), rtol=1e-5, atol=1e-5)
-    last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")]
-    assert last[0].keys() == last[1].keys()
-    for tag in last[0]:
-        assert last[1][tag] == pytest.approx(last[0][tag], rel=1e-4, abs=1e-6), tag
+    one, two = last_line(tmp_path / "one"), last_line(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for tag in one:
+        assert two[tag] == pytest.approx(one[tag], rel=1e-4, abs=1e-6), tag
 
 
 def test_accumulation_equals_the_whole_batch(drawn_voc, tmp_path):
@@ -204,6 +188,16 @@ def test_command_lines_of_the_source_run_unchanged(drawn_voc, tmp_path, command)
     words = command.format(drawn_voc, tmp_path).split()
     train_ssd.main([*words, "--max_steps=1", "--pretrained_ssd=none", "--workers=0", "--use_cuda=false"])
     assert (tmp_path / "last.pt").is_file()
+
+
+@pytest.mark.parametrize("layout", ["coco", "csv", "open_images"])
+def test_the_other_layouts_train_too(tmp_path, layout, capsys):
+    draw = {"coco": drawn.draw_coco, "csv": drawn.draw_csv, "open_images": drawn.draw_open_images}[layout]
+    data = draw(tmp_path / "data", images=12, seed=2)
+    words = [*SMALL, "--data", str(data), "--model-dir", str(tmp_path / "run"), "--validation-mean-ap"]
+    metrics = train_ssd.main([*words, "--dataset-type", layout, "--max-steps", "1"])
+    assert 0 <= metrics["mAP"] <= 1
+    assert "ground truth scored as predictions: mAP 1.000" in capsys.readouterr().out
 
 
 def test_predict_needs_no_flag_but_checkpoint_and_pictures(drawn_voc, tmp_path, monkeypatch):
