@@ -209,8 +209,8 @@ def main(argv=None):
     balance = train_set.balance_weights() if args.balance_data else None
     sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, run.rank, run.world, balance)
     batches = loader.train_loader(train_set, sampler, args.workers, pin, collate)
-    quiet = args.log_level == "warning"
-    logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), quiet)
+    showing = (args.debug_steps, vars(args), args.log_level)
+    logger = log.Logger(out, total, progress.step, run.is_main, *showing)
     meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
     right, shown = log.Meter(), set(range(0, len(val_set), -(-len(val_set) // 16)))  # 16 pictures, from all classes
     with checkpoints.StopSignals() as stop, logger, devices.memory_advice(run, size, batch, args.accumulate):

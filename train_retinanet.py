@@ -229,8 +229,8 @@ def main(argv=None):
     share = (run.rank, run.world, balance, aspects)
     sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, *share)
     batches = loader.train_loader(train_set, sampler, args.workers, pin, collate)
-    quiet = args.log_level == "warning"
-    logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), quiet)
+    showing = (args.debug_steps, vars(args), args.log_level)
+    logger = log.Logger(out, total, progress.step, run.is_main, *showing)
     meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
     recent = deque(maxlen=max(1, 500 // args.debug_steps))  # losses of 500 steps, as in the source
     with checkpoints.StopSignals() as stop, logger, devices.memory_advice(run, size, batch, args.accumulate):

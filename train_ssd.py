@@ -137,9 +137,6 @@ def main(argv=None):
     measured = [*TAGS] + ["mAP", "mAP_11point"] * args.validation_mean_ap
     monitor = flags.choose_monitor(args.monitor, "mAP" if args.validation_mean_ap else "loss", measured)
 
-    if args.log_level == "debug":
-        run.say(json.dumps(vars(args), indent=1))
-
     # data
     saved = None if args.check_data else checkpoints.open_run(out, args.resume, args.overwrite, args.eval_only)
     names, trained = flags.names_in_data(args), saved and saved["classes"]
@@ -216,8 +213,8 @@ def main(argv=None):
     balance = train_set.balance_weights() if args.balance_data else None
     sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, run.rank, run.world, balance)
     batches = loader.train_loader(train_set, sampler, args.workers, pin)
-    quiet = args.log_level == "warning"
-    logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), quiet)
+    showing = (args.debug_steps, vars(args), args.log_level)
+    logger = log.Logger(out, total, progress.step, run.is_main, *showing)
     meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
     if run.is_main:
         (out / "labels.txt").write_text("\n".join(["BACKGROUND", *net.classes]) + "\n")

@@ -208,3 +208,14 @@ def test_some_non_finite_steps_in_a_row_are_borne():
     meter.add(terms(math.nan), [1], step=6)
     with pytest.raises(log.NonFinite, match="step 6"):
         meter.read()
+
+
+def test_levels_show_flags_lines_or_nothing(tmp_path, capsys):
+    shown = {}
+    for level in ("debug", "info", "warning"):
+        with log.Logger(tmp_path / level, 3, flags={"lr": 0.125}, level=level) as logger:
+            logger.log(1, {"loss": 2.0})
+        shown[level] = capsys.readouterr().out
+    assert '"lr": 0.125' in shown["debug"] and "loss 2" in shown["debug"]
+    assert "0.125" not in shown["info"] and "loss 2" in shown["info"]
+    assert shown["warning"] == ""

@@ -25,12 +25,13 @@ class Logger:
 
     total_steps: of the whole run. first_step: steps done before (a resume); what an earlier process logged of later
     ones is dropped, so each step is logged once. enabled: false in all processes but the main one; then nothing is
-    written. every: steps between two lines. flags: plain values. quiet: files alone, no line a step and no bar.
+    written. every: steps between two lines. flags: plain values. level: "info"; "warning": files alone, no line a step
+    and no bar; "debug": prints the flags too.
     """
 
-    def __init__(self, folder, total_steps, first_step=0, enabled=True, every=10, flags=None, quiet=False):
+    def __init__(self, folder, total_steps, first_step=0, enabled=True, every=10, flags=None, level="info"):
         self.folder, self.total_steps, self.step = Path(folder), total_steps, first_step
-        self.enabled, self.every, self.quiet = enabled, every, quiet
+        self.enabled, self.every, self.quiet = enabled, every, level == "warning"
         self._bar = self._metrics = self._board = None
         self._clock = _Clock()
         if not enabled:
@@ -44,6 +45,8 @@ class Logger:
         self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, see close()
         self._board = SummaryWriter(str(self.folder), purge_step=first_step + 1 if first_step else 0)
         self._board.add_text("flags", _table(flags or {}), first_step)
+        if level == "debug":
+            self.say(json.dumps(flags, indent=1, default=str))
 
     def __enter__(self):
         return self
