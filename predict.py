@@ -100,7 +100,7 @@ def main(argv=None):
     run = devices.setup(args.device, "", args.precision)
     net = models.load(args.checkpoint).to(run.device, memory_format=torch.channels_last)
     if not hasattr(net, "box_weights"):
-        raise WeightsError(f"{args.checkpoint}: a {net.name}, which finds no boxes; give the checkpoint of a detector")
+        raise WeightsError(f"{args.checkpoint}: a {net.name}; give the checkpoint of an SSD or a RetinaNet")
     names = net.classes or [f"class {label}" for label in range(net.num_classes)]
     files, out = find_pictures(args.pictures), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

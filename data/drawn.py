@@ -5,10 +5,12 @@
     python -m data.drawn coco OUT --images 200 --seed 0
     python -m data.drawn csv OUT --images 200 --seed 0
     python -m data.drawn imagefolder OUT --images 2000 --seed 0
+    python -m data.drawn nuscenes OUT --images 240 --seed 0
 
-The pictures are those of `data.scenes`, one object each for imagefolder, several or none for the others. The same
-arguments give the same bytes with the same versions of Pillow and numpy. OUT must be new, empty, or drawn before with
-the same arguments: a whole set is kept as it is and costs no time, one that was cut off is drawn again.
+The pictures are those of `data.scenes`, one object each for imagefolder, several or none for the others, and of
+`data.world`, with radars, for nuscenes. The same arguments give the same bytes with the same versions of Pillow and
+numpy. OUT must be new, empty, or drawn before with the same arguments: a whole set is kept as it is and costs no time,
+one that was cut off is drawn again.
 """
 
 import argparse
@@ -23,6 +25,10 @@ from PIL import Image
 
 from data.errors import DataError
 from data.scenes import CLASSES, VERSION, draw_portrait, draw_scene
+from data.world import CAMERAS
+from data.world import CLASSES as WORLD_CLASSES
+from data.world import VERSION as WORLD_VERSION
+from data.world_files import FEWEST_KEYFRAMES, write_nuscenes
 
 MARK = "drawn.json"  # in OUT: the arguments, and whether the set is whole
 FEWEST = 3  # pictures: one each for train, val and test
@@ -192,19 +198,33 @@ def draw(write, out, images, seed, size, portraits=False):
     """Draw `images` scenes into the folder `out` through the layout function `write`; returns `out` as a Path.
 
     size: (width, height) of every picture, or None for about 320 x 240. portraits: one object a picture, and about
-    100 x 100. Raises DataError where images, size or seed is too small, and where `out` cannot be written or holds
-    anything but the same set.
+    100 x 100. Raises DataError as `draw_once`.
     """
-    out = Path(out)
-    fewest = FEWEST_PORTRAITS if portraits else FEWEST
+    three_parts = write in (write_voc, write_open_images)
+    picture = draw_portrait if portraits else draw_scene
+
+    def fill(folder):
+        parts = splits(images) if three_parts else halves(images, least=len(CLASSES) if portraits else 1)
+        write(folder, ((index, picture(seed, index, size)) for index in range(images)), parts)
+
+    wanted = {"layout": write.__name__.removeprefix("write_"), "images": images, "seed": seed}
+    wanted |= {"size": list(size) if size else None, "version": VERSION}
+    return draw_once(fill, Path(out), wanted, fewest=FEWEST_PORTRAITS if portraits else FEWEST)
+
+
+def draw_once(fill, out, wanted, fewest):
+    """Calls fill(out) unless the folder `out` holds the wanted set already; returns `out`.
+
+    wanted: layout, images, seed, size and version, kept in `out`. Raises DataError where images (below `fewest`), size
+    or seed is too small, and where `out` cannot be written or holds anything but the same set.
+    """
+    images, size, seed = wanted["images"], wanted["size"], wanted["seed"]
     if images < fewest:
         raise DataError(out, f"{images} images", f"too few for every part of the set: draw {fewest} or more")
     if size is not None and min(size) < SMALLEST_SIDE:
         raise DataError(out, f"size {size[0]}x{size[1]}", f"each side must be {SMALLEST_SIDE} pixels or more")
     if seed < 0:
         raise DataError(out, f"seed {seed}", "must be 0 or more")
-    wanted = {"layout": write.__name__.removeprefix("write_"), "images": images, "seed": seed}
-    wanted |= {"size": list(size) if size else None, "version": VERSION}
     if is_whole(out, wanted):
         return out
     try:
@@ -212,10 +232,7 @@ def draw(write, out, images, seed, size, portraits=False):
         write_mark(out, {**wanted, "whole": False})
     except OSError as error:
         raise DataError(out, "output folder", f"cannot be written: {error.strerror}") from error
-    three_parts = write in (write_voc, write_open_images)
-    parts = splits(images) if three_parts else halves(images, least=len(CLASSES) if portraits else 1)
-    picture = draw_portrait if portraits else draw_scene
-    write(out, ((index, picture(seed, index, size)) for index in range(images)), parts)
+    fill(out)
     write_mark(out, {**wanted, "whole": True})
     return out
 
@@ -237,7 +254,11 @@ def is_whole(out, wanted):
     different = [f"{key} {found.get(key)}, not {value}" for key, value in wanted.items() if found.get(key) != value]
     if different:
         raise DataError(mark, "arguments", f"the set here was drawn with {'; '.join(different)}: choose another folder")
-    return whole and sum(1 for _ in out.rglob("*.jpg")) == wanted["images"]
+    return whole and pictures_in(out) == wanted["images"]
+
+
+def pictures_in(out):
+    return sum(1 for _ in out.rglob("*.jpg"))
 
 
 def write_mark(out, values):
@@ -272,12 +293,24 @@ def draw_imagefolder(out, images=200, seed=0, size=None):
     return draw(write_imagefolder, out, images, seed, size, portraits=True)
 
 
+def draw_nuscenes(out, images=200, seed=0, size=None):
+    """A nuScenes folder v1.0-mini, six pictures a keyframe: `images` is rounded down to a multiple of six, and 24 at
+    least. size None is 800 x 450; see `draw` for the other arguments and errors."""
+    images -= images % len(CAMERAS)
+    wanted = {"layout": "nuscenes", "images": images, "seed": seed, "size": list(size) if size else None}
+    wanted |= {"version": WORLD_VERSION}
+    return draw_once(
+        lambda folder: write_nuscenes(folder, images, seed, size), Path(out), wanted, FEWEST_KEYFRAMES * len(CAMERAS)
+    )
+
+
 LAYOUTS = {
     "voc": draw_voc,
     "openimages": draw_open_images,
     "coco": draw_coco,
     "csv": draw_csv,
     "imagefolder": draw_imagefolder,
+    "nuscenes": draw_nuscenes,
 }
 
 
@@ -296,10 +329,15 @@ def parse_args(argv=None):
         "out", type=Path, metavar="OUT", help="new or empty folder, or one drawn with the same arguments"
     )
     parser.add_argument(
-        "--images", type=int, default=200, help="pictures in all: 15 %% are val, and 15 %% test in voc and openimages"
+        "--images",
+        type=int,
+        default=200,
+        help="pictures in all: 15 %% are val, and 15 %% test in voc and openimages; nuscenes: six a keyframe",
     )
     parser.add_argument(
-        "--size", type=parse_size, help="WIDTHxHEIGHT of every picture (default: about 320x240, imagefolder 100x100)"
+        "--size",
+        type=parse_size,
+        help="WIDTHxHEIGHT of every picture (default: about 320x240, imagefolder 100x100, nuscenes 800x450)",
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other pictures")
     return parser.parse_args(argv)
@@ -307,8 +345,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    LAYOUTS[args.layout](args.out, images=args.images, seed=args.seed, size=args.size)
-    print(f"{args.out}: {args.images} pictures, classes {' '.join(CLASSES)}")
+    out = LAYOUTS[args.layout](args.out, images=args.images, seed=args.seed, size=args.size)
+    classes = WORLD_CLASSES if args.layout == "nuscenes" else CLASSES
+    print(f"{out}: {pictures_in(out)} pictures, classes {' '.join(classes)}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Networks by name: a network maps a batch of images to raw outputs and knows no target.
 
 Every network has `name`, `num_classes`, `arguments` (`build(name, num_classes, **arguments)` makes it again),
-`image_mean` and `image_std` (three numbers each, on the 0..255 RGB scale).
+`image_mean` and `image_std` (three numbers each, on the 0..255 scale, in RGB or, where `channels` is "bgr", in BGR).
 """
 
 import inspect
 
-from models import backbones, published, retinanet, ssd
+from models import backbones, centerfusion, published, retinanet, ssd
 from models.errors import WeightsError
 
 __all__ = ["ARCHITECTURES", "WeightsError", "build", "describe", "load", "published"]
 
 # name -> function of num_classes and the network's own arguments
-ARCHITECTURES = {**ssd.NETWORKS, "retinanet": retinanet.RetinaNet, **backbones.NETWORKS}
+ARCHITECTURES = {**ssd.NETWORKS, "retinanet": retinanet.RetinaNet, **centerfusion.NETWORKS, **backbones.NETWORKS}
 FORMAT_VERSION = 1
 
 
@@ -20,8 +20,9 @@ def build(name, num_classes, **arguments):
     """A network with fresh weights for `num_classes` classes, background not counted.
 
     arguments: of the SSDs `box_sizes` (a (min, max) in pixels at 300 x 300 for each map, scaled with the image; None:
-    as published); of MobileNet v2's `width_mult`; of retinanet those of `retinanet.RetinaNet`. Raises WeightsError on
-    an unknown name or argument.
+    as published); of MobileNet v2's `width_mult`; of retinanet those of `retinanet.RetinaNet`; of the
+    centerfusions `radar`, `threshold`, `max_distance` (see `centerfusion.CenterFusion`). Raises WeightsError on an
+    unknown name or argument.
     """
     if name not in ARCHITECTURES:
         raise WeightsError(f"unknown network {name!r}; known are {', '.join(ARCHITECTURES)}")

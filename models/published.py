@@ -3,8 +3,9 @@
 Each family of networks has its own file; what the others need of them is named here.
 """
 
-from models import published_retinanet, published_ssd
+from models import published_centerfusion, published_retinanet, published_ssd
 from models.published_backbones import begin_backbone, load_backbone, load_base_net
+from models.published_centerfusion import begin_centerfusion
 from models.published_retinanet import begin_retinanet
 from models.published_ssd import begin, download, fine_tune
 from models.weights import family_of, load_matching, load_strictly, open_weights, read, trained_weights
@@ -12,6 +13,7 @@ from models.weights import family_of, load_matching, load_strictly, open_weights
 __all__ = [
     "begin",
     "begin_backbone",
+    "begin_centerfusion",
     "begin_retinanet",
     "download",
     "fine_tune",
@@ -35,7 +37,10 @@ def load(path_or_state_dict, source=None):
     _, state, label = open_weights(path_or_state_dict, source)
     ssd, retinanet = published_ssd.FAMILIES, published_retinanet.FAMILIES
     retinanet = {f"retinanet of {name}": marks for name, marks in retinanet.items()}
-    family = family_of(state, {**ssd, **retinanet}, label)
+    centerfusion = published_centerfusion.FAMILIES
+    family = family_of(state, {**ssd, **retinanet, **centerfusion}, label)
+    if family in centerfusion:
+        return published_centerfusion.from_state(family, state, label).eval()
     if family in ssd:
         return published_ssd.from_state(family, state, label).eval()
     return published_retinanet.from_state(family.removeprefix("retinanet of "), state, label).eval()

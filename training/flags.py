@@ -65,12 +65,14 @@ def add_run_arguments(parser):
     run = parser.add_argument_group("run").add_argument
     run("--config", default="", metavar="TOML", help="recipe: sets flags, below the command line")
     run("--checkpoint-folder", "--model-dir", dest="model_dir", default="runs/new", metavar="RUN", help="run folder")
-    run("--resume", default="", metavar="auto|RUN|FILE", help="continue at the very next step")
+    where = "continue at the very next step; without a value: auto"
+    run("--resume", nargs="?", const="auto", default="", metavar="auto|RUN|FILE", help=where)
     run("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     run("--eval-only", action="store_true", help="evaluate and exit")
     run("--preflight", action="store_true", help="try the largest batch, print memory peaks, exit")
     run("--seed", type=count, default=0, help="of weights, order and augmentation")
-    run("--validation-epochs", type=number(int, 1), default=1, help="validate every so many epochs")
+    often = "validate every so many epochs"
+    run("--validation-epochs", "--val-intervals", type=number(int, 1), default=1, help=often)
     run("--debug-steps", type=number(int, 1), default=10, help="log every so many steps")
     levels = "warning: no line a step; debug: all flags too"
     run("--log-level", choices=("debug", "info", "warning"), default="info", help=levels)
@@ -94,7 +96,8 @@ def add_run_arguments(parser):
     train("--weight-decay", type=float, default=5e-4, help="of weights")
     train("--norm-weight-decay", type=float, help="of batch norm and biases; as --weight-decay if not given")
     train("--t-max", type=number(float, 0), default=0, help="cosine: epochs until the rate is 0; 0: --epochs")
-    train("--milestones", type=numbers, default="8,11", help="multi-step: epochs after which the rate falls")
+    falls = "multi-step: epochs after which the rate falls"
+    train("--milestones", "--lr-step", dest="milestones", type=numbers, default="8,11", help=falls)
     train("--gamma", type=float, default=0.1, help="factor on the rate where it falls")
     train("--warmup-steps", type=count, default=0, help="steps of linear warm-up")
     train("--ema", type=number(float, 0, 1), default=0.0, help="decay of averaged weights; 0: off")

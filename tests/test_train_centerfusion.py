@@ -1,0 +1,104 @@
+"""train_centerfusion.py as a person runs it, on a drawn world small enough for seconds."""
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import models
+import train_centerfusion
+from data import DataError, drawn
+from losses import centerfusion
+from tests.scripts import fingerprint, last_line, launch, tensors
+from training import checkpoints
+
+SMALL = ["--version", "v1.0-mini", "--train_split", "mini_train", "--val_split", "mini_val", "--arch", "resnet18"]
+SMALL += ["--input-size", "64", "128", "--batch-size", "2", "--workers", "0", "--device", "cpu", "--precision", "fp32"]
+SMALL += ["--velocity", "--nuscenes_att", "--log-level", "warning", "--validation-epochs", "99"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return drawn.draw_nuscenes(tmp_path_factory.mktemp("drawn") / "nuscenes", images=24, seed=1)
+
+
+def words(data, out, *more):
+    return [*SMALL, "--data", str(data), "--model-dir", str(out), *map(str, more)]
+
+
+def train(data, out, *more):
+    return train_centerfusion.main(words(data, out, *more))
+
+
+@pytest.mark.parametrize("radar", [["--pointcloud"], []])
+def test_trains_evaluates_and_leaves_a_whole_run(world, tmp_path, radar):
+    metrics = train(world, tmp_path, *radar, "--max-steps", 2, "--debug-steps", 1, "--ema", 0.9)
+    heads = [name for name in centerfusion.WEIGHTS if radar or not name.endswith("_sec")]
+    assert set(metrics) == {"loss", *heads} and metrics["velocity"] > 0
+    assert metrics["loss"] == pytest.approx(sum(metrics[name] for name in heads))
+    events = EventAccumulator(str(tmp_path)).Reload().Tags()
+    assert {f"{part}/{name}" for part in ("train", "val") for name in ("loss", *heads)} <= set(events["scalars"])
+    assert any(tag.startswith("Truth above") for tag in events["images"])
+    assert any(tag.startswith("From above") for tag in events["images"])
+    net = models.load(tmp_path / "best.pt")
+    assert (net.name, len(net.classes), net.image_size) == ("centerfusion_resnet18", 10, (64, 128))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact_and_workers_change_nothing(world, tmp_path, workers):
+    more = ["--pointcloud", "--workers", workers, "--save-every-steps", 2, "--ema", 0.9, "--max-steps", 4]
+    train(world, tmp_path / "whole", *more)
+    train(world, tmp_path / "cut", *more, "--resume", tmp_path / "whole" / "step_000002.pt")
+    whole, cut = (checkpoints.read(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 4
+    assert checkpoints.fingerprint(whole) == checkpoints.fingerprint(cut)
+    if workers:
+        train(world, tmp_path / "alone", "--pointcloud", "--ema", 0.9, "--max-steps", 4)
+        assert fingerprint(tmp_path / "alone") == fingerprint(tmp_path / "whole")
+
+
+def test_two_processes_equal_one(world, tmp_path):
+    more = ["--pointcloud", "--freeze-bn", "--max-steps", 2, "--optimizer", "sgd", "--lr", 1e-5]
+    train(world, tmp_path / "one", *more)
+    process = launch("train_centerfusion.py", *words(world, tmp_path / "two", *more), processes=2)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    torch.testing.assert_close(tensors(tmp_path / "two"), tensors(tmp_path / "one"), rtol=1e-5, atol=1e-5)
+    one, two = last_line(tmp_path / "one"), last_line(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for tag in one:
+        assert two[tag] == pytest.approx(one[tag], rel=1e-3, abs=1e-5), tag
+
+
+def test_a_frozen_backbone_stays_as_it_is(world, tmp_path):
+    train(world, tmp_path, "--pointcloud", "--freeze_backbone", "--save-every-steps", 1, "--max-steps", 2)
+    first, last = checkpoints.read(tmp_path / "step_000001.pt")["model"], tensors(tmp_path)
+    changed = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
+    assert changed >= {"hm", "velocity"} and not changed & {"base", "dla_up", "ida_up"}
+
+
+def test_the_source_s_command_line_runs_unchanged(world, tmp_path, monkeypatch):
+    line = "ddd --exp_id centerfusion --shuffle_train --train_split mini_train --val_split mini_val --val_intervals 1 "
+    line += "--run_dataset_eval --nuscenes_att --velocity --batch_size 2 --lr 2.5e-4 --num_epochs 60 --lr_step 50 "
+    line += "--save_point 20,40,50 --not_rand_crop --flip 0.5 --shift 0.1 --pointcloud --radar_sweeps 3 "
+    line += "--pc_z_offset 0.0 --pillar_dims 1.0,0.2,0.2 --max_pc_dist 60.0"
+    monkeypatch.chdir(tmp_path)
+    more = ["--data", str(world), "--version", "v1.0-mini", "--arch", "resnet18", "--input-size", "64", "128"]
+    train_centerfusion.main([*line.split(), *more, "--max-steps", "1", "--workers", "0", "--device", "cpu"])
+    assert (tmp_path / "runs" / "centerfusion" / "last.pt").is_file()
+    assert set(json.loads((tmp_path / "runs/centerfusion/submission.json").read_text())) == {"meta", "results"}
+    train_centerfusion.main([*line.split(), *more, "--max-steps", "2", "--workers", "0", "--device", "cpu", "--resume"])
+    assert checkpoints.read(tmp_path / "runs/centerfusion/last.pt")["step"] == 2
+
+
+def test_a_real_key_frame_trains(shared, tmp_path):
+    data = shared / "data/nuscenes_one_sample"
+    more = ["--val_split", "mini_train", "--skip-missing", "--cache-dir", tmp_path / "cache", "--max-steps", 1]
+    metrics = train(data, tmp_path / "run", "--pointcloud", *more)
+    assert metrics["loss"] > 0 and metrics["velocity"] == 0  # of a single key frame nobody knows the velocities
+
+
+def test_a_folder_without_tables_is_told(tmp_path):
+    with pytest.raises(DataError, match=r"v1\.0-mini"):
+        train(tmp_path, tmp_path / "run")

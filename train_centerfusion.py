@@ -1,0 +1,300 @@
+"""Train CenterFusion: 3D boxes, velocities and attributes from one camera and radar, on nuScenes.
+
+    python train_centerfusion.py --data data/nuscenes --pointcloud --velocity --nuscenes_att --load_model centernet.pth
+    python train_centerfusion.py --data data/nuscenes --pointcloud --velocity --nuscenes_att --resume
+    torchrun --nproc-per-node 8 train_centerfusion.py --data data/nuscenes --pointcloud --velocity --nuscenes_att
+
+The flags are those of its source (mrnabati/CenterFusion). Published, not reproduced by us: val NDS 0.453, mAP 0.332.
+The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl, submission.json and what TensorBoard reads.
+"""
+
+import argparse
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+import models
+from data import DataError, loader, nuscenes_radar, nuscenes_transforms
+from evaluation import nuscenes
+from losses import assignment, centerfusion
+from models import WeightsError, published
+from ops.geometry import apply_affine, project, seen
+from ops.images import normalize
+from ops.radar import associate, pillars
+from training import checkpoints, devices, flags, log, optimizers, pictures3d, schedule
+from training.modes import train_mode
+
+USAGE = "python train_centerfusion.py --data FOLDER --pointcloud --velocity --nuscenes_att --model-dir RUN [flags]"
+STRIDE = 4  # input pixels a cell of the output maps
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser("train_centerfusion.py", USAGE, __doc__, formatter_class=flags.HelpFormatter)
+    parser.add_argument("task", nargs="?", choices=("ddd",), default="ddd", help="3D detection, the only task")
+    parser.add_argument(
+        "--exp_id", default="", metavar="NAME", help="run folder runs/NAME, if --model-dir is not given"
+    )
+    arg = parser.add_argument_group("data").add_argument
+    arg("--data", "--dataset-root", dest="data", default="data/nuscenes", help="folder with v1.0-*/, samples/, sweeps/")
+    arg("--version", default="v1.0-trainval", help="folder of the tables")
+    arg("--train_split", default="train", help="train, mini_train, ...")
+    arg("--val_split", default="mini_val", help="val, mini_val, ...")
+    arg("--cache-dir", default="", metavar="DIR", help="where the tables are kept as arrays; else beside them")
+    arg("--skip-missing", action="store_true", help="leave out pictures and sweeps whose files are missing")
+    arg("--input-size", type=int, nargs=2, default=[448, 800], metavar=("H", "W"), help="pixels of the network's input")
+    arg("--shuffle_train", action="store_true", help="as ever: training is always shuffled")
+    arg("--not_rand_crop", action="store_true", help="as ever: the picture is scaled and shifted, never cropped")
+    arg("--flip", type=float, default=0.5, help="augmentation: chance of a mirror image")
+    arg("--shift", type=float, default=0.1, help="augmentation: greatest shift, in parts of the picture")
+    arg("--scale", type=float, default=0.0, help="augmentation: greatest change of size, in parts of the picture")
+    arg("--colour", type=float, default=0.0, help="augmentation: chance of each colour change")
+
+    arg = parser.add_argument_group("radar").add_argument
+    arg("--pointcloud", action="store_true", help="use radar; without it the camera alone")
+    arg("--radar_sweeps", type=flags.number(int, 1, 7), default=3, help="sweeps of each radar, 1 to 6")
+    arg("--pc_z_offset", type=float, default=0.0, help="metres that radar points are moved up by")
+    arg("--pillar_dims", type=flags.numbers, default="1.5,0.2,0.2", help="height, width, length of a pillar in metres")
+    arg("--max_pc_dist", type=float, default=60.0, help="radar points farther away than this are dropped")
+    reach = "how far a return may be from a box: published: as the published weights had it; paper: half its extent"
+    arg("--frustum", choices=("published", "paper"), default="published", help=reach)
+
+    arg = parser.add_argument_group("network").add_argument
+    arg("--arch", choices=("dla34", "resnet18", "resnet34"), default="dla34", help="of the body")
+    arg("--load_model", default="", metavar="FILE", help="start from a CenterFusion, CenterNet or backbone file")
+    arg("--freeze_backbone", action="store_true", help="train the heads alone")
+    arg("--velocity", action="store_true", help="train the velocity head")
+    arg("--nuscenes_att", action="store_true", help="train the attribute head")
+
+    arg = parser.add_argument_group("learning rate and validation").add_argument
+    arg("--learning-rate", "--lr", dest="lr", type=float, default=2.5e-4, help="at --batch-size")
+    arg("--scheduler", choices=schedule.NAMES, default="multi-step", help="learning rate over time")
+    arg("--save_point", type=flags.numbers, default="20,40,50", help="epochs whose checkpoint is kept")
+    arg("--run_dataset_eval", action="store_true", help="score by nuscenes-devkit too")
+    flags.add_run_arguments(parser)
+    source = {
+        "batch_size": 32,
+        "epochs": 60,
+        "optimizer": "adam",
+        "weight_decay": 0.0,
+        "workers": 4,
+        "milestones": "50",
+    }
+    parser.set_defaults(model_dir="", **source)
+    return flags.parse(parser, argv)
+
+
+def inputs_of(net, images, targets, args, device):
+    """(normalised images, radar map or None, calib) of a batch on the device."""
+    images = images.to(device, non_blocking=True).flip(1)  # blue first, as the published weights have it
+    calib = torch.stack([target["calib"] for target in targets]).to(device)
+    radar_map = None
+    if args.pointcloud:
+        size = [side // STRIDE for side in images.shape[-2:]]
+        draw = functools.partial(pillars, size=size, stride=STRIDE, dims=args.pillar_dims)
+        rows = [
+            (target["radar"].to(device), target["calib"].to(device), target["affine"].to(device)) for target in targets
+        ]
+        radar_map = torch.stack([draw(*row) for row in rows])
+    return normalize(images, net.image_mean, net.image_std), radar_map, calib
+
+
+def association_of(goals, radar_map, calib, args):
+    """Radar handed to the true boxes, for training: [B,3,h,w]."""
+    found = goals["dep"][..., 0], goals["dim"], goals["alpha"], goals["boxes"][..., ::2].mean(-1), calib
+    limits = {"threshold": args.frustum, "max_distance": args.max_pc_dist, "valid": goals["mask"]}
+    return associate(radar_map, goals["boxes"], *found, **limits)
+
+
+@torch.no_grad()
+def evaluate(net, batches, run, args, assign, criterion, evaluator=None, keep=0):
+    """Losses and, with an evaluator, the official scores -> (metrics, [(image, target, found)] to look at).
+
+    Radar is handed to the network's own peaks, as in use. Batch norm statistics stay untouched. Every process takes
+    its share of the pictures, all get the same metrics. keep: the first so many pictures with objects come back.
+    """
+    net.eval()
+    apart = torch.full((len(centerfusion.COUNTS),) * 2, torch.inf, device=run.device).fill_diagonal_(1)
+    sums, totals, kept = 0, torch.zeros(len(apart), dtype=torch.float64), []
+    for images, targets in batches:
+        pixels, radar_map, calib = inputs_of(net, images, targets, args, run.device)
+        with run.autocast():
+            outputs = net(pixels, radar_map, calib)
+        goals = assign(targets, run.device)
+        terms = [criterion(outputs, goals, counts) for counts in apart]  # what each of the counts is to divide
+        sums += torch.tensor([[float(value) for value in losses.values()] for losses in terms], dtype=torch.float64)
+        totals += centerfusion.count(goals).double().cpu()
+        found = nuscenes.decode(outputs, targets, STRIDE)
+        samples = [sample for sample in zip(images, targets, found) if len(sample[1]["labels"])]
+        kept += samples[: keep - len(kept)]
+        if evaluator is not None:
+            evaluator.update(targets, found)
+    sums, totals = run.mean(sums), run.mean(totals).clamp(min=1 / run.world)
+    losses = dict(zip(terms[0], (sums / totals[:, None]).sum(0).tolist()))
+    official = evaluator.compute(run.gather, run.is_main) if evaluator else {}
+    return {"loss": sum(losses.values()), **losses, **official}, kept
+
+
+def log_pictures(logger, step, kept, surest=0.3):
+    """Truth over predictions on the camera's picture, with radar, and both from above, for TensorBoard."""
+    for number, (image, target, found) in enumerate(kept):
+        sure = found["scores"] > surest
+        found, views, solids = {name: value[sure].cpu() for name, value in found.items()}, [], []
+        points, distances = project(target["radar"][:, :3], target["calib"])
+        points = apply_affine(points, target["affine"])
+        for boxes in (target, found):
+            solid, pixels, depth = seen(boxes, target["calib"], target["affine"])
+            views.append(pictures3d.on_camera(image, pixels, depth, boxes["labels"], points, distances))
+            solids.append({**boxes, "corners": solid})
+        logger.images(f"Truth above, predictions below/{number}", torch.cat(views, dim=1), step)
+        logger.images(f"From above, truth green/{number}", pictures3d.from_above(*solids, target["radar"]), step)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = devices.setup(args.device, args.gpus, args.precision, args.seed)
+    out, batch = Path(args.model_dir or f"runs/{args.exp_id or 'centerfusion'}"), args.batch_size
+    devices.check_batch(run, batch, args.accumulate)
+    heads = [name for name in centerfusion.WEIGHTS if args.pointcloud or not name.endswith("_sec")]
+    monitor = flags.choose_monitor(args.monitor, "loss", ["loss", *heads, *nuscenes.MEASURES * args.run_dataset_eval])
+
+    # data
+    saved = checkpoints.open_run(out, args.resume, args.overwrite, args.eval_only, "--load_model")
+    tables = {"sweeps": args.radar_sweeps * args.pointcloud, "max_distance": args.max_pc_dist}
+    tables |= {"z_offset": args.pc_z_offset, "skip_missing": args.skip_missing, "cache": args.cache_dir or None}
+    read = functools.partial(nuscenes_radar.load, args.data, args.version, seed=args.seed, say=run.say, **tables)
+    train_set, val_set = read(args.train_split), read(args.val_split)
+    run.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
+
+    # network
+    arguments = {"radar": args.pointcloud, "threshold": args.frustum, "max_distance": args.max_pc_dist}
+    net = models.build(f"centerfusion_{args.arch}", len(train_set.classes), **arguments)
+    net.classes, size = list(train_set.classes), tuple(args.input_size)
+    if not saved:
+        published.begin_centerfusion(net, args.load_model, run.say)
+    net.to(run.device, memory_format=torch.channels_last)
+    train_set.transform = nuscenes_transforms.train(size, args.flip, args.shift, args.scale, args.colour)
+    val_set.transform = nuscenes_transforms.evaluate(size)
+    pin = run.device.type == "cuda"
+    val_batches = loader.evaluation_loader(val_set, batch, args.workers, run.rank, run.world, pin)
+
+    # loss
+    cells = (size[0] // STRIDE, size[1] // STRIDE)
+    assign = functools.partial(centerfusion.assign, size=cells, stride=STRIDE, num_classes=net.num_classes)
+    asked = {"velocity": float(args.velocity), "nuscenes_att": float(args.nuscenes_att)}  # 0: the head stays as it is
+    criterion = functools.partial(centerfusion.loss, weights=centerfusion.WEIGHTS | asked)
+
+    # optimiser
+    frozen = net.stages() if args.freeze_backbone else []
+    train_mode(net, frozen, args.freeze_bn)
+    rates = ({"backbone": args.lr, "heads": args.lr}, args.weight_decay, args.norm_weight_decay)
+    optimizer = optimizers.build(args.optimizer, net.parameter_groups(), *rates, args.momentum)
+    wrapped = run.wrap(net, args.sync_bn, args.compile)  # before the averages: it gives all processes the same weights
+    ema = checkpoints.Ema(net, args.ema)
+
+    # schedule, in steps
+    steps = functools.partial(loader.steps_in, count=len(train_set), batch_size=batch)
+    total = min(steps(args.epochs), args.max_steps or steps(args.epochs))
+    milestones = [steps(epoch) for epoch in args.milestones]
+    shape = {"total": steps(args.t_max or args.epochs), "milestones": milestones, "gamma": args.gamma}
+    lr_factor = functools.partial(schedule.lr_factor, args.scheduler, warmup_steps=args.warmup_steps, **shape)
+    scale = optimizers.batch_scale(batch, args.lr_batch_size, args.scale_lr, run.say)
+
+    # resume
+    progress = checkpoints.Progress()
+    state = {"model": net, "optimizer": optimizer, "scaler": run.scaler, "ema": ema}
+    if saved:
+        checkpoints.restore(saved, state, progress)
+        for line in checkpoints.changed(saved["flags"], vars(args)):
+            run.say(f"  changed: {line}")
+    about = {**models.describe(net), "image_size": size, "flags": vars(args)}
+    run.say(f"{net.name}, {size[0]} x {size[1]} pixels, {devices.describe(run)}")
+    split = (args.data, args.version, args.val_split, ("camera", "radar") if args.pointcloud else ("camera",))
+    scorer = functools.partial(nuscenes.NuScenesEvaluator, *split, say=run.say)
+    if args.eval_only:
+        with ema.applied(net):
+            scored = scorer()
+            metrics, _ = evaluate(net, val_batches, run, args, assign, criterion, scored)
+        if run.is_main:
+            scored.write(out / "submission.json")
+        run.say(json.dumps(metrics, indent=1) + f"\n{out}/submission.json written")
+        run.close()
+        return metrics
+
+    # train
+    for warning in devices.check_machine(args.workers, 3 * size[0] * size[1] * batch // run.world):
+        run.say(f"WARNING: {warning}")
+    sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, run.rank, run.world)
+    batches = loader.train_loader(train_set, sampler, args.workers, pin)
+    showing = (args.debug_steps, vars(args), args.log_level)
+    logger = log.Logger(out, total, progress.step, run.is_main, *showing)
+    meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
+    with checkpoints.StopSignals() as stop, logger, devices.memory_advice(run, size, batch, args.accumulate):
+        for images, targets in logger.steps(batches):
+            step = progress.step + 1
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * scale * lr_factor(step - 1)
+
+            images, radar_map, calib = inputs_of(net, images, targets, args, run.device)
+            goals = assign(targets, run.device)
+            counts = run.mean(centerfusion.count(goals)).clamp(min=1 / run.world)  # at least one in all
+            if args.pointcloud:
+                goals["radar"] = association_of(goals, radar_map, calib, args)
+            for part, part_goals in assignment.pieces(args.accumulate, images, goals):
+                with run.autocast():
+                    outputs = wrapped(part, association=part_goals.get("radar"))
+                losses = criterion(outputs, part_goals, counts)
+                run.scaler.scale(sum(losses.values())).backward()
+                meter.add(losses, [target["image_id"] for target in targets], step)
+            run.scaler.unscale_(optimizer)
+            if args.clip_norm:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_norm)
+            run.scaler.step(optimizer)
+            run.scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(net)
+
+            progress.step = step
+            epoch = loader.epoch_ended(step, len(train_set), batch)  # 0 within an epoch
+            progress.epoch = epoch or progress.epoch
+            stopping = run.any(stop.requested)
+            saving = epoch or stopping or schedule.due(step, args.save_every_steps, total) or step == total
+            if saving or logger.due(step):
+                losses = log.read_losses(meter, run, optimizer, out)
+                values = {f"train/{name}": value for name, value in losses.items()}
+                values["lr"] = optimizer.param_groups[-1]["lr"]
+                logger.log(step, values, images=(step - logged) * batch)
+                logged = step
+            best = False
+            if not stopping and ((epoch and epoch % args.validation_epochs == 0) or step == total):
+                with ema.applied(net), logger.paused():
+                    run.share_statistics(net)
+                    evaluator = scorer() if args.run_dataset_eval else None
+                    metrics, kept = evaluate(net, val_batches, run, args, assign, criterion, evaluator, keep=4)
+                    if evaluator and run.is_main:
+                        evaluator.write(out / "submission.json")
+                train_mode(net, frozen, args.freeze_bn)
+                logger.log(step, {f"val/{name}": value for name, value in metrics.items()})
+                log_pictures(logger, step, kept)
+                if monitor in metrics:  # without nuscenes-devkit there are losses alone
+                    best = progress.improved(metrics[monitor], lower_is_better=monitor not in ("NDS", "mAP"))
+            if saving:
+                copies = schedule.copies(epoch, step, args.save_every_epochs, args.save_every_steps)
+                if epoch in args.save_point:
+                    copies["epoch_copy"] = epoch
+                checkpoints.save(out, {**state, **about, "progress": progress}, best=best, keep=args.keep, **copies)
+            if stopping or (args.patience and progress.stale >= args.patience):
+                break
+    run.close()
+    if stop.requested:
+        run.say(f"stopped and saved at step {progress.step}; go on with --resume auto")
+        raise SystemExit(stop.exit_code)
+    if progress.best is not None:
+        run.say(f"best {monitor} {progress.best:.4g} at step {progress.best_step}")
+    run.say(f"checkpoints, curves and pictures: tensorboard --logdir {out}")
+    return metrics
+
+
+if __name__ == "__main__":
+    flags.run(main, DataError, WeightsError, log.NonFinite)
