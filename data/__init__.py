@@ -22,7 +22,9 @@ from data.errors import DataError
 
 __all__ = ["PER_OBJECT", "DataError", "check_target"]
 
-PER_OBJECT = ("boxes", "labels", "ignore")  # fields of a target with one row an object, filtered together
+# Fields of a target with one row an object, filtered together; from center on nuScenes' own.
+PER_OBJECT = ("boxes", "labels", "ignore", "center", "dims", "yaw", "alpha", "velocity", "attribute", "visibility")
+PER_OBJECT += ("amodal",)
 
 
 def check_target(image, target, num_classes):

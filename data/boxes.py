@@ -8,6 +8,7 @@ memory does not grow with the number of workers.
 import copy
 import os
 from array import array
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -151,9 +152,7 @@ class BoxDataset(Dataset):
         image, target = self.load(index)
         if self.transform is None:
             return image, target
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed the GPUs' generators too, and fork_rng would not give their state back
-            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
+        with seeded(self.seed, epoch, index):
             return self.transform(image, target)
 
     def without(self, indices):
@@ -207,6 +206,15 @@ class BoxDataset(Dataset):
         counts = ", ".join(f"{name} {count}" for name, count in zip(self.classes, self.class_counts()))
         ignored = f" ({int(self.ignore.sum())} to ignore)" if self.ignore.any() else ""
         return f"images {len(self)}, background {empty} ({share:.0f} %), boxes {len(self.labels)}{ignored}\n  {counts}"
+
+
+@contextmanager
+def seeded(seed, epoch, index):
+    """Within it torch draws what belongs to picture `index` of `epoch`, and after it goes on as if nothing had been."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would seed the GPUs' generators too, and fork_rng would not give their state back
+        torch.default_generator.manual_seed(sample_seed(seed, epoch, index))
+        yield
 
 
 def sample_seed(seed, epoch, index):

@@ -1,4 +1,10 @@
-"""Reading text files."""
+"""Reading text files, and keeping arrays."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
 
 from data.errors import DataError
 
@@ -26,3 +32,18 @@ def missing_pictures(file, place, folder, names):
 def is_true(text):
     """Does a mark in an annotation, such as VOC's `difficult`, say yes? Missing or empty says no."""
     return (text or "").strip().lower() in ("1", "1.0", "true")
+
+
+def keep_arrays(file, arrays):
+    """Write a dict of arrays to the .npz `file` in one step; False where its folder cannot be written."""
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name, suffix=".tmp", delete=False) as temporary:
+            np.savez(temporary, **arrays)
+        os.replace(temporary.name, file)
+    except OSError:
+        if temporary is not None:
+            Path(temporary.name).unlink(missing_ok=True)
+        return False
+    return True

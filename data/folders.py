@@ -10,19 +10,18 @@ the list is kept beside the data, or in a folder named, and used for as long as 
 import copy
 import hashlib
 import os
-import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from data.boxes import Paths, sample_seed
+from data.boxes import Paths, seeded
 from data.errors import DataError
+from data.files import keep_arrays
 from data.images import SUFFIXES, read_image
 
 THREADS = 16  # listing folders at once: a network disk answers each after a while, but many at a time
@@ -59,8 +58,7 @@ class FolderDataset(Dataset):
         image, label = self.load(index)
         if self.transform is None:
             return image, label, int(index)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
+        with seeded(self.seed, epoch, index):
             return self.transform(image), label, int(index)
 
     def without(self, indices):
@@ -156,7 +154,7 @@ def _index(folder, split, cache, say):
             return index | {"folder": folder}
     index = _listed(folder)
     for file in places:
-        if _keep(file, index):
+        if keep_arrays(file, {"format": FORMAT, **index}):
             break
     else:
         say(f"{folder}: the list of its files could not be kept, neither in {' nor in '.join(str(p) for p in places)}")
@@ -179,21 +177,6 @@ def _kept(file, folder, say):
     except FileNotFoundError:
         same = False
     return index if same else None
-
-
-def _keep(file, index):
-    """Write the list to `file` in one step; False where that folder cannot be written."""
-    temporary = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name, suffix=".tmp", delete=False) as temporary:
-            np.savez(temporary, format=FORMAT, **index)
-        os.replace(temporary.name, file)
-    except OSError:
-        if temporary is not None:
-            Path(temporary.name).unlink(missing_ok=True)
-        return False
-    return True
 
 
 def _listed(folder):

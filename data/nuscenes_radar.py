@@ -18,18 +18,14 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from data import PER_OBJECT, pcd, tables
-from data.boxes import sample_seed
+from data import pcd, tables
+from data.boxes import seeded
 from data.errors import DataError
 from data.files import NAMED, lines_of
 from data.images import read_image
 from data.tables import CAMERAS, CLASSES, RADARS
 from ops.geometry import yaw_to_alpha
 
-PER_OBJECT_3D = (
-    *(*PER_OBJECT, "center", "dims", "yaw", "alpha", "velocity", "attribute"),
-    *("visibility", "amodal"),
-)
 SPLITS = {
     "mini_train": tuple(f"scene-{number:04}" for number in (61, 553, 655, 757, 796, 1077, 1094, 1100)),
     "mini_val": ("scene-0103", "scene-0916"),
@@ -264,8 +260,7 @@ class RadarDataset(Dataset):
         image, target = self.load(index)
         if self.transform is None:
             return image, target
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
+        with seeded(self.seed, epoch, index):
             return self.transform(image, target)
 
     def without(self, indices):

@@ -9,17 +9,8 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from data.loader import collate
-from data.nuscenes_radar import PER_OBJECT_3D
-from data.transforms import Chain, PhotometricDistort
+from data.transforms import Chain, PhotometricDistort, keep_objects
 from ops.geometry import wrap
-
-collate_radar = collate  # pictures stacked, targets a list; their number of radar points differs
-
-
-def keep_objects(target, keep):
-    """`target` with the objects that `keep` (bool [M]) names, every per-object field alike."""
-    return {name: value[keep] if name in PER_OBJECT_3D else value for name, value in target.items()}
 
 
 class ShiftAndScale:

@@ -10,7 +10,6 @@ gigabytes of Python objects. The arrays are kept in one .npz for as long as no t
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from array import array
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from data.boxes import Paths
 from data.errors import DataError
+from data.files import keep_arrays
 
 CLASSES = (
     *("car", "truck", "bus", "trailer", "construction_vehicle", "pedestrian", "motorcycle", "bicycle"),
@@ -102,7 +102,7 @@ def load(root, version, cache=None, say=print):
     arrays = _kept(file, stamps, say)
     if arrays is None:
         arrays = _read(folder)
-        if not _keep(file, arrays | {"format": FORMAT} | stamps):
+        if not keep_arrays(file, arrays | {"format": FORMAT} | stamps):
             say(f"{file}: could not be written, so the tables are read anew each time; name a folder by --cache-dir")
     return Tables(arrays)
 
@@ -133,21 +133,6 @@ def _kept(file, stamps, say):
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         say(f"{file}: damaged, reading the tables anew")
         return None
-
-
-def _keep(file, arrays):
-    """Write the arrays to `file` in one step; False where that folder cannot be written."""
-    temporary = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name, suffix=".tmp", delete=False) as temporary:
-            np.savez(temporary, **arrays)
-        os.replace(temporary.name, file)
-    except OSError:
-        if temporary is not None:
-            Path(temporary.name).unlink(missing_ok=True)
-        return False
-    return True
 
 
 # ---- reading

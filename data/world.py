@@ -13,10 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CLASSES = (
-    "car", "truck", "bus", "trailer", "construction_vehicle", "pedestrian", "motorcycle", "bicycle", "traffic_cone",
-    "barrier",
-)  # fmt: skip
+from data.tables import CLASSES
+
 BUILDING, TREE = -1, -2  # labels of what is drawn and not annotated
 SIZES = {  # label -> width, length, height of a usual one
     0: (1.9, 4.6, 1.6), 1: (2.5, 7.5, 3.2), 2: (2.9, 11.5, 3.5), 3: (2.6, 10.5, 3.8), 4: (2.8, 6.3, 3.1),

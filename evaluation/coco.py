@@ -10,13 +10,12 @@ import functools
 import io
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from evaluation.rows import Rows
+from evaluation.rows import Rows, write_json
 
 # in the order of pycocotools' stats. APs and ARs are means over the IoUs 0.5, 0.55 .. 0.95 unless the name says one;
 # AR_n with n detections a picture and category, all else with 100; small, medium, large: up to 32, 96 pixels a side
@@ -67,12 +66,7 @@ class COCOEvaluator:
         """Writes the detections that `compute` scored as COCO's results json: a whole file or none."""
         if self._results is None:
             raise RuntimeError("call compute() first")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(as_dicts(self._results), file)
-        os.replace(partial, path)
+        write_json(path, as_dicts(self._results))
 
     def _as_coco(self, data, images, prefix):
         """COCO's columns of truth or detections, less those of classes that the file lacks; `rows` of `data`."""

@@ -14,13 +14,13 @@ import functools
 import importlib.util
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ops.geometry import alpha_to_yaw, apply_affine, unproject
+from evaluation.rows import write_json
+from ops.geometry import alpha_to_yaw, apply_affine, depth_of, unproject
 from ops.heatmap import gather, peaks
 from ops.rotation import decode as decode_rotation
 
@@ -59,7 +59,7 @@ def decode(outputs, targets, stride=4, count=100, suppress=True):
     cell = torch.stack([index % width, index // width], dim=-1).float()  # [B,N,2]
     middle, half = cell + said["reg"], said["wh"].clamp(min=0) / 2
     pixels = apply_affine((cell + said["amodel_offset"]) * stride, inverse(affine))
-    depth = 1 / (said.get("dep_sec", said["dep"])[..., 0].sigmoid() + 1e-6) - 1
+    depth = depth_of(said.get("dep_sec", said["dep"])[..., 0])
     yaw = alpha_to_yaw(decode_rotation(said.get("rot_sec", said["rot"])), pixels[..., 0], calib)
     found = {
         "labels": labels,
@@ -174,11 +174,7 @@ class NuScenesEvaluator:
         """Writes the submission file of `compute`, in the process that was main: a whole file or none."""
         if self._submission is None:
             raise RuntimeError("call compute() first")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self._submission), encoding="utf-8")
-        os.replace(partial, path)
+        write_json(path, self._submission)
 
     def _official(self, pictures):
         if importlib.util.find_spec("nuscenes") is None:

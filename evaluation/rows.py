@@ -4,6 +4,9 @@ I images, M ground truth boxes, N detections, those of all pictures end to end.
 """
 
 import csv
+import json
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -86,3 +89,13 @@ def in_order(data):
 def write_csv(path, rows):
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def write_json(path, value):
+    """A whole file or none; its folder is made where it lacks."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(value, file)
+    os.replace(partial, path)

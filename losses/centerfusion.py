@@ -11,6 +11,7 @@ cells of those maps, depth and sizes of objects in metres, velocities in m/s in 
 import torch
 from torch.nn import functional as F
 
+from ops.geometry import depth_of
 from ops.heatmap import cover, gather, radius, splat
 from ops.rotation import encode
 
@@ -147,11 +148,6 @@ def loss(outputs, goals, counts, weights=WEIGHTS):
     return {head: losses[head] for head in weights if head in losses}
 
 
-def depth(raw):
-    """Metres from what dep and dep_sec say: 1 / sigmoid - 1."""
-    return 1 / (raw.float().sigmoid() + 1e-6) - 1
-
-
 def heatmap_loss(hm, goals, counts):
     """CornerNet's focal loss: an object's cell costs (1 - p)^2 -log p, all others (1 - goal)^4 p^2 -log(1 - p)."""
     raw = hm.float()
@@ -167,7 +163,7 @@ def heatmap_loss(hm, goals, counts):
 def distance_loss(head, output, goals, counts):
     """Mean L1 over coordinates of reg, wh, dep, dep_sec, dim, amodel_offset and velocity."""
     said = gather(output, goals["index"]).float()  # [B,N,C]
-    said = depth(said) if head in ("dep", "dep_sec") else said
+    said = depth_of(said) if head in ("dep", "dep_sec") else said
     goal = goals["dep" if head == "dep_sec" else head]
     mask, number = ("velocity_mask", "velocities") if head == "velocity" else ("mask", "objects")
     difference = torch.where(goals[mask][..., None], (said - goal).abs(), 0)

@@ -74,3 +74,8 @@ def seen(boxes, calib, affine):
     solid = corners(boxes["center"], boxes["dims"], boxes["yaw"])
     pixels, depth = project(solid.flatten(0, 1), calib)
     return solid, apply_affine(pixels, affine).view(-1, 8, 2), depth.view(-1, 8)
+
+
+def depth_of(raw):
+    """Metres from what a network's depth heads say, any shape, in float32: 1 / sigmoid - 1, as published."""
+    return 1 / (raw.float().sigmoid() + 1e-6) - 1

@@ -6,7 +6,7 @@ B pictures, N boxes a picture, P points.
 
 import torch
 
-from ops.geometry import apply_affine, corners, project
+from ops.geometry import apply_affine, corners, depth_of, project
 from ops.heatmap import gather, peaks
 from ops.rotation import decode
 
@@ -96,7 +96,7 @@ def associate_peaks(outputs, radar_map, calib, threshold="published", max_distan
     center = torch.stack([index % width, index // width], dim=-1) + 0.5
     half = at_peaks("wh").clamp(min=0) / 2
     boxes = torch.cat([center - half, center + half], dim=-1)
-    depth = 1 / (at_peaks("dep")[..., 0].sigmoid() + 1e-6) - 1
+    depth = depth_of(at_peaks("dep")[..., 0])
     found = depth, at_peaks("dim"), decode(at_peaks("rot")), center[..., 0], calib
     return associate(radar_map, boxes, *found, threshold=threshold, max_distance=max_distance)
 

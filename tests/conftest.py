@@ -1,5 +1,6 @@
 """Fixtures that more than one room's tests use."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -16,6 +17,15 @@ def shared():
     if not (folder / "data").is_dir():
         pytest.skip(f"no small real data at {folder}: clone it there or set SIGHTLINE_SHARED")
     return folder
+
+
+@pytest.fixture
+def golden(shared):
+    """golden.py of the golden outputs, as a module."""
+    spec = importlib.util.spec_from_file_location("golden", shared / "upstream" / "golden.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

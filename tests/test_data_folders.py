@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError, check, drawn, folders, loader, transforms
+from data import DataError, check, drawn, files, folders, loader, transforms
 from data.loader import StepSampler, collate_labels
 
 
@@ -163,14 +163,14 @@ def test_a_list_of_another_format_is_made_anew(root, monkeypatch):
 
 
 def test_where_the_data_cannot_be_written(root, tmp_path, monkeypatch):
-    real = folders.tempfile.NamedTemporaryFile
+    real = files.tempfile.NamedTemporaryFile
 
     def refuse(dir, **options):
         if Path(dir) == root:
             raise PermissionError("read-only")
         return real(dir=dir, **options)
 
-    monkeypatch.setattr(folders.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", refuse)
     listed, said = scans(monkeypatch), []
     folders.load(root, cache=tmp_path / "run", say=said.append)
     assert not said and not kept(root) and len(kept(tmp_path / "run")) == 2

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import check_target, nuscenes_radar, tables
+from data import PER_OBJECT, check_target, nuscenes_radar, tables
 from data.errors import DataError
-from data.nuscenes_radar import PER_OBJECT_3D, SEEN_BY, rotation_matrix
+from data.nuscenes_radar import SEEN_BY, rotation_matrix
 from data.tables import CAMERAS, CLASSES, RADARS
 from ops.geometry import apply_affine, corners, project
 from tests.small_world import CATEGORIES, LOOKS, SIZE, World, times, turn
@@ -53,7 +53,7 @@ def test_every_picture_meets_the_contract(dataset):
         check_target(image, target, 10)
         check_3d(target)
         assert image.shape == (3, *SIZE) and target["size"] == SIZE and target["image_id"] == index
-        assert all(len(target[name]) == len(target["boxes"]) for name in PER_OBJECT_3D)
+        assert all(len(target[name]) == len(target["boxes"]) for name in PER_OBJECT)
         seen.add((target["sample_token"], target["camera"]))
     assert seen == {(f"scene-0061 {count}", camera) for count in range(3) for camera in CAMERAS}
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from data import check_target, nuscenes_radar, nuscenes_transforms
+from data import PER_OBJECT, check_target, nuscenes_radar, nuscenes_transforms
 from data.loader import evaluation_loader
-from data.nuscenes_radar import PER_OBJECT_3D
-from data.nuscenes_transforms import Flip, ShiftAndScale, collate_radar, keep_objects, mirrored
+from data.nuscenes_transforms import Flip, ShiftAndScale, keep_objects, mirrored
 from ops.geometry import apply_affine, corners, project, wrap, yaw_to_alpha
 from tests.small_world import World
 
@@ -151,7 +150,7 @@ def test_fields_stay_true_through_the_training_recipe(shape, scale):
         torch.manual_seed(seed)
         image, target = change(*scene(*shape, seed=seed))
         assert image.shape == (3, 112, 200) and image.dtype == torch.uint8
-        assert len({len(target[name]) for name in PER_OBJECT_3D}) == 1
+        assert len({len(target[name]) for name in PER_OBJECT}) == 1
         check_true(image, target)
         flipped += bool(target["rotation"].det() * scene(*shape, seed=seed)[1]["rotation"].det() < 0)
         counts.add(len(target["boxes"]))
@@ -214,7 +213,7 @@ def test_objects_out_of_sight_are_left_out_in_every_field():
     image, target = scene()
     keep = torch.arange(30) % 3 == 0
     kept = keep_objects(target, keep)
-    for name in PER_OBJECT_3D:
+    for name in PER_OBJECT:
         assert torch.equal(kept[name].nan_to_num(9), target[name][keep].nan_to_num(9)), name
     assert torch.equal(kept["radar"], target["radar"]) and len(target["boxes"]) == 30
     before = {name: value.clone() for name, value in target.items() if isinstance(value, torch.Tensor)}
@@ -245,7 +244,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(dataset):
 
 def test_batches_are_the_same_with_workers(dataset):
     dataset.transform = nuscenes_transforms.evaluate((56, 100))
-    alone, helped = (list(evaluation_loader(dataset, 5, n, collate=collate_radar)) for n in (0, 2))
+    alone, helped = (list(evaluation_loader(dataset, 5, n)) for n in (0, 2))
     assert len(alone) == len(helped) == 4 and alone[0][0].shape == (5, 3, 56, 100)
     for (images, targets), (twins, others) in zip(alone, helped):
         assert torch.equal(images, twins) and len(targets) == len(images)

@@ -1,6 +1,5 @@
 """RetinaNet against yhenon's golden outputs and torchvision's own detector, and its anchors, order and folded norms."""
 
-import importlib.util
 import json
 
 import pytest
@@ -21,12 +20,9 @@ def _one_seed():
 
 
 @pytest.fixture
-def golden(shared):
-    spec = importlib.util.spec_from_file_location("golden", shared / "upstream" / "golden.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.cases = json.loads((shared / "upstream" / "retinanet.json").read_text())
-    return module
+def golden(golden, shared):
+    golden.cases = json.loads((shared / "upstream" / "retinanet.json").read_text())
+    return golden
 
 
 def golden_net(golden, name):
