@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 import models
-from data import DataError, loader, nuscenes_radar, nuscenes_transforms
+from data import DataError, check, classes, loader, nuscenes_radar, nuscenes_transforms
 from evaluation import nuscenes
 from losses import assignment, centerfusion
 from models import WeightsError, published
 from ops.geometry import apply_affine, project, seen
 from ops.images import normalize
-from ops.radar import associate, pillars
+from ops.radar import maps
 from training import checkpoints, devices, flags, log, optimizers, pictures3d, schedule
 from training.modes import train_mode
 
@@ -43,7 +43,7 @@ def parse_args(argv):
     arg("--val_split", default="mini_val", help="val, mini_val, ...")
     arg("--cache-dir", default="", metavar="DIR", help="where the tables are kept as arrays; else beside them")
     arg("--skip-missing", action="store_true", help="leave out pictures and sweeps whose files are missing")
-    arg("--input-size", type=int, nargs=2, default=[448, 800], metavar=("H", "W"), help="pixels of the network's input")
+    arg("--input-size", type=int, nargs=2, default=[448, 800], metavar=("H", "W"), help="pixels, multiples of 32")
     arg("--shuffle_train", action="store_true", help="as ever: training is always shuffled")
     arg("--not_rand_crop", action="store_true", help="as ever: the picture is scaled and shifted, never cropped")
     arg("--flip", type=float, default=0.5, help="augmentation: chance of a mirror image")
@@ -72,16 +72,11 @@ def parse_args(argv):
     arg("--scheduler", choices=schedule.NAMES, default="multi-step", help="learning rate over time")
     arg("--save_point", type=flags.numbers, default="20,40,50", help="epochs whose checkpoint is kept")
     arg("--run_dataset_eval", action="store_true", help="score by nuscenes-devkit too")
+    arg("--flip_test", action="store_true", help="validate on the mean over a picture and its mirror image")
     flags.add_run_arguments(parser)
-    source = {
-        "batch_size": 32,
-        "epochs": 60,
-        "optimizer": "adam",
-        "weight_decay": 0.0,
-        "workers": 4,
-        "milestones": "50",
-    }
-    parser.set_defaults(model_dir="", **source)
+    flags.add_data_arguments(parser)
+    parser.set_defaults(model_dir="", batch_size=32, epochs=60, optimizer="adam", weight_decay=0.0, workers=4)
+    parser.set_defaults(milestones="50")
     return flags.parse(parser, argv)
 
 
@@ -89,49 +84,40 @@ def inputs_of(net, images, targets, args, device):
     """(normalised images, radar map or None, calib) of a batch on the device."""
     images = images.to(device, non_blocking=True).flip(1)  # blue first, as the published weights have it
     calib = torch.stack([target["calib"] for target in targets]).to(device)
-    radar_map = None
-    if args.pointcloud:
-        size = [side // STRIDE for side in images.shape[-2:]]
-        draw = functools.partial(pillars, size=size, stride=STRIDE, dims=args.pillar_dims)
-        rows = [
-            (target["radar"].to(device), target["calib"].to(device), target["affine"].to(device)) for target in targets
-        ]
-        radar_map = torch.stack([draw(*row) for row in rows])
+    size = [side // STRIDE for side in images.shape[-2:]]
+    radar_map = maps(targets, size, device, STRIDE, args.pillar_dims) if args.pointcloud else None
     return normalize(images, net.image_mean, net.image_std), radar_map, calib
 
 
-def association_of(goals, radar_map, calib, args):
-    """Radar handed to the true boxes, for training: [B,3,h,w]."""
-    found = goals["dep"][..., 0], goals["dim"], goals["alpha"], goals["boxes"][..., ::2].mean(-1), calib
-    limits = {"threshold": args.frustum, "max_distance": args.max_pc_dist, "valid": goals["mask"]}
-    return associate(radar_map, goals["boxes"], *found, **limits)
-
-
 @torch.no_grad()
-def evaluate(net, batches, run, args, assign, criterion, evaluator=None, keep=0):
+def evaluate(net, batches, run, args, assign, sums_of, evaluator=None, keep=0):
     """Losses and, with an evaluator, the official scores -> (metrics, [(image, target, found)] to look at).
 
     Radar is handed to the network's own peaks, as in use. Batch norm statistics stay untouched. Every process takes
     its share of the pictures, all get the same metrics. keep: the first so many pictures with objects come back.
     """
     net.eval()
-    apart = torch.full((len(centerfusion.COUNTS),) * 2, torch.inf, device=run.device).fill_diagonal_(1)
-    sums, totals, kept = 0, torch.zeros(len(apart), dtype=torch.float64), []
+    sums, totals, kept = {}, torch.zeros(len(centerfusion.COUNTS), dtype=torch.float64), []
     for images, targets in batches:
-        pixels, radar_map, calib = inputs_of(net, images, targets, args, run.device)
+        batch = inputs_of(net, images, targets, args, run.device)
         with run.autocast():
-            outputs = net(pixels, radar_map, calib)
+            outputs = net(*batch)
         goals = assign(targets, run.device)
-        terms = [criterion(outputs, goals, counts) for counts in apart]  # what each of the counts is to divide
-        sums += torch.tensor([[float(value) for value in losses.values()] for losses in terms], dtype=torch.float64)
+        for head, terms in sums_of(outputs, goals).items():
+            sums[head] = sums.get(head, 0) + terms.double().cpu()
         totals += centerfusion.count(goals).double().cpu()
+        if args.flip_test:
+            turned = [nuscenes_transforms.mirrored(target, images.shape[-1]) for target in targets]
+            batch = inputs_of(net, images.flip(-1), turned, args, run.device)
+            with run.autocast():
+                outputs = nuscenes.flip_averaged(outputs, net(*batch))
         found = nuscenes.decode(outputs, targets, STRIDE)
         samples = [sample for sample in zip(images, targets, found) if len(sample[1]["labels"])]
         kept += samples[: keep - len(kept)]
         if evaluator is not None:
             evaluator.update(targets, found)
-    sums, totals = run.mean(sums), run.mean(totals).clamp(min=1 / run.world)
-    losses = dict(zip(terms[0], (sums / totals[:, None]).sum(0).tolist()))
+    totals = run.mean(totals).clamp(min=1 / run.world)
+    losses = {head: float((run.mean(terms) / totals).sum()) for head, terms in sums.items()}
     official = evaluator.compute(run.gather, run.is_main) if evaluator else {}
     return {"loss": sum(losses.values()), **losses, **official}, kept
 
@@ -151,20 +137,45 @@ def log_pictures(logger, step, kept, surest=0.3):
         logger.images(f"From above, truth green/{number}", pictures3d.from_above(*solids, target["radar"]), step)
 
 
+def preflight(net, train_set, args, run, assign, sums_of):
+    """A batch of the fullest key frames forward, backward and through evaluation, then the peaks of memory."""
+    images, targets = loader.collate([train_set[i] for i in train_set.fullest(args.batch_size)])
+    pixels, radar_map, calib = inputs_of(net, images, targets, args, run.device)
+    goals = assign(targets, run.device)
+    if args.pointcloud:
+        goals["radar"] = centerfusion.association(goals, radar_map, calib, args.frustum, args.max_pc_dist)
+    for part, part_goals in assignment.pieces(args.accumulate, pixels, goals):
+        with run.autocast():
+            outputs = net(part, association=part_goals.get("radar"))
+        torch.stack([terms.sum() for terms in sums_of(outputs, part_goals).values()]).sum().backward()
+    evaluate(net, [(images, targets)], run, args, assign, sums_of)
+    run.say(devices.memory_peaks(run, args.workers, images.nbytes))
+    return {}
+
+
 def main(argv=None):
     args = parse_args(argv)
     run = devices.setup(args.device, args.gpus, args.precision, args.seed)
     out, batch = Path(args.model_dir or f"runs/{args.exp_id or 'centerfusion'}"), args.batch_size
     devices.check_batch(run, batch, args.accumulate)
+    if any(side <= 0 or side % 32 for side in args.input_size):
+        raise flags.UsageError(f"--input-size {args.input_size}: height and width must be multiples of 32, as 448 800")
     heads = [name for name in centerfusion.WEIGHTS if args.pointcloud or not name.endswith("_sec")]
     monitor = flags.choose_monitor(args.monitor, "loss", ["loss", *heads, *nuscenes.MEASURES * args.run_dataset_eval])
 
     # data
-    saved = checkpoints.open_run(out, args.resume, args.overwrite, args.eval_only, "--load_model")
+    resume = (args.resume, args.overwrite, args.eval_only, "--load_model")
+    saved = None if args.check_data else checkpoints.open_run(out, *resume)
     tables = {"sweeps": args.radar_sweeps * args.pointcloud, "max_distance": args.max_pc_dist}
-    tables |= {"z_offset": args.pc_z_offset, "skip_missing": args.skip_missing, "cache": args.cache_dir or None}
-    read = functools.partial(nuscenes_radar.load, args.data, args.version, seed=args.seed, say=run.say, **tables)
+    tables |= {"z_offset": args.pc_z_offset, "cache": args.cache_dir or None}
+    tables |= {"skip_missing": args.skip_missing or args.check_data, "seed": args.seed, "say": run.say}
+    read = functools.partial(nuscenes_radar.load, args.data, args.version, **tables)
     train_set, val_set = read(args.train_split), read(args.val_split)
+    if args.check_data:
+        faults = train_set.faults() + val_set.faults()
+        return check.check_data(train_set, val_set, faults, args.workers, out / "data_faults.json", run.say)
+    if args.bad_images == "skip":
+        train_set, val_set = (check.skip_unreadable(each, args.workers, run.say) for each in (train_set, val_set))
     run.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
 
     # network
@@ -183,7 +194,11 @@ def main(argv=None):
     cells = (size[0] // STRIDE, size[1] // STRIDE)
     assign = functools.partial(centerfusion.assign, size=cells, stride=STRIDE, num_classes=net.num_classes)
     asked = {"velocity": float(args.velocity), "nuscenes_att": float(args.nuscenes_att)}  # 0: the head stays as it is
-    criterion = functools.partial(centerfusion.loss, weights=centerfusion.WEIGHTS | asked)
+    class_weights = classes.class_weights(args.class_weights, net.classes)
+    class_weights = class_weights and torch.tensor(class_weights[1:], device=run.device)  # no background here
+    weights = {"weights": centerfusion.WEIGHTS | asked, "class_weights": class_weights}
+    criterion = functools.partial(centerfusion.loss, **weights)
+    sums = functools.partial(centerfusion.sums, **weights)  # what the evaluation adds up
 
     # optimiser
     frozen = net.stages() if args.freeze_backbone else []
@@ -212,10 +227,15 @@ def main(argv=None):
     run.say(f"{net.name}, {size[0]} x {size[1]} pixels, {devices.describe(run)}")
     split = (args.data, args.version, args.val_split, ("camera", "radar") if args.pointcloud else ("camera",))
     scorer = functools.partial(nuscenes.NuScenesEvaluator, *split, say=run.say)
+    if args.preflight:
+        return preflight(net, train_set, args, run, assign, sums)
+    if args.run_dataset_eval and run.is_main:
+        truth = nuscenes.score_truth(scorer(merge=0.5), map(val_set.annotation, range(len(val_set))))
+        run.say(f"ground truth scored as predictions: NDS {truth['NDS']:.3f}" if truth else "")
     if args.eval_only:
         with ema.applied(net):
             scored = scorer()
-            metrics, _ = evaluate(net, val_batches, run, args, assign, criterion, scored)
+            metrics, _ = evaluate(net, val_batches, run, args, assign, sums, scored)
         if run.is_main:
             scored.write(out / "submission.json")
         run.say(json.dumps(metrics, indent=1) + f"\n{out}/submission.json written")
@@ -225,7 +245,8 @@ def main(argv=None):
     # train
     for warning in devices.check_machine(args.workers, 3 * size[0] * size[1] * batch // run.world):
         run.say(f"WARNING: {warning}")
-    sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, run.rank, run.world)
+    balance = train_set.balance_weights() if args.balance_data else None
+    sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, run.rank, run.world, balance)
     batches = loader.train_loader(train_set, sampler, args.workers, pin)
     showing = (args.debug_steps, vars(args), args.log_level)
     logger = log.Logger(out, total, progress.step, run.is_main, *showing)
@@ -240,7 +261,7 @@ def main(argv=None):
             goals = assign(targets, run.device)
             counts = run.mean(centerfusion.count(goals)).clamp(min=1 / run.world)  # at least one in all
             if args.pointcloud:
-                goals["radar"] = association_of(goals, radar_map, calib, args)
+                goals["radar"] = centerfusion.association(goals, radar_map, calib, args.frustum, args.max_pc_dist)
             for part, part_goals in assignment.pieces(args.accumulate, images, goals):
                 with run.autocast():
                     outputs = wrapped(part, association=part_goals.get("radar"))
@@ -271,7 +292,7 @@ def main(argv=None):
                 with ema.applied(net), logger.paused():
                     run.share_statistics(net)
                     evaluator = scorer() if args.run_dataset_eval else None
-                    metrics, kept = evaluate(net, val_batches, run, args, assign, criterion, evaluator, keep=4)
+                    metrics, kept = evaluate(net, val_batches, run, args, assign, sums, evaluator, keep=4)
                     if evaluator and run.is_main:
                         evaluator.write(out / "submission.json")
                 train_mode(net, frozen, args.freeze_bn)

@@ -9,6 +9,7 @@ target   a dict
   ignore    bool [M]: crowd, difficult, group; never a positive, never a false positive
   image_id  int, the position in the data set
   size      (h, w) of the file
+  masks     uint8 [M,H,W], 0 or 1, where the task has them (tv_tensors.Mask); H, W of this image
 
 A picture without boxes has boxes [0,4] and is trained on. The data set owns `classes`, the names in label order.
 `dataset[epoch, i]` is the same picture as another epoch augments it: what is random is seeded from (seed, epoch, i), so
@@ -23,8 +24,8 @@ from data.errors import DataError
 __all__ = ["PER_OBJECT", "DataError", "check_target"]
 
 # Fields of a target with one row an object, filtered together; from center on nuScenes' own.
-PER_OBJECT = ("boxes", "labels", "ignore", "center", "dims", "yaw", "alpha", "velocity", "attribute", "visibility")
-PER_OBJECT += ("amodal",)
+PER_OBJECT = ("boxes", "labels", "ignore", "masks", "center", "dims", "yaw", "alpha", "velocity", "attribute")
+PER_OBJECT += ("visibility", "amodal")
 
 
 def check_target(image, target, num_classes):
@@ -38,4 +39,8 @@ def check_target(image, target, num_classes):
     assert isinstance(target["image_id"], int) and len(target["size"]) == 2, target
     assert bool(((labels >= 0) & (labels < num_classes)).all()), labels
     assert bool((boxes[:, 2:] > boxes[:, :2]).all()), boxes
+    if "masks" in target:
+        masks = target["masks"]
+        assert masks.dtype == torch.uint8 and masks.shape == (count, height, width), (masks.dtype, masks.shape)
+        assert bool((masks <= 1).all()), masks.max()
     assert bool((boxes >= 0).all()) and bool((boxes <= boxes.new_tensor([width, height, width, height])).all()), boxes

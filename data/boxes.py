@@ -16,32 +16,48 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
+from data.classes import balanced
 from data.errors import DataError
 from data.images import image_size, read_image
+from ops import run_lengths
 
 
-class Paths:
-    """Many paths in two arrays: their bytes end to end, and where each begins."""
+class Pieces:
+    """Many bytes in two arrays: all of them end to end, and where each begins."""
 
-    def __init__(self, paths):
-        encoded = [os.fsencode(path) for path in paths]
-        self.content = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self.first = np.cumsum([0] + [len(path) for path in encoded], dtype=np.int64)
+    def __init__(self, pieces):
+        pieces = list(pieces)
+        self.content = np.frombuffer(b"".join(pieces), dtype=np.uint8)
+        self.first = np.cumsum([0] + [len(piece) for piece in pieces], dtype=np.int64)
 
     def __len__(self):
         return len(self.first) - 1
 
     def __getitem__(self, index):
-        return os.fsdecode(self.content[self.first[index] : self.first[index + 1]].tobytes())
+        return self.content[self.first[index] : self.first[index + 1]].tobytes()
+
+
+class Paths(Pieces):
+    """Many paths in two arrays."""
+
+    def __init__(self, paths):
+        super().__init__(os.fsencode(path) for path in paths)
+
+    def __getitem__(self, index):
+        return os.fsdecode(super().__getitem__(index))
 
 
 class Records:
-    """What a parser fills, a picture and then its objects; `BoxDataset` takes it from there."""
+    """What a parser fills, a picture and then its objects; `BoxDataset` takes it from there.
 
-    def __init__(self):
+    masks   every object comes with its mask as run lengths, bytes (see ops.run_lengths), and every picture has a size
+    """
+
+    def __init__(self, masks=False):
         self.paths, self.sizes = [], array("i")
         self.names = {}  # class name -> provisional label, in order of appearance
         self.image, self.boxes, self.labels, self.ignore = array("q"), array("f"), array("i"), array("b")
+        self.masks = [] if masks else None
 
     def add_image(self, path, size=(0, 0)):
         """A picture with its annotated (h, w), (0, 0) if it is not told; returns its position."""
@@ -49,8 +65,10 @@ class Records:
         self.sizes.extend(size)
         return len(self.paths) - 1
 
-    def add_object(self, image, box, name, ignore=False):
+    def add_object(self, image, box, name, ignore=False, mask=None):
         """One object of the picture at position `image`; objects may come in any order."""
+        if self.masks is not None:
+            self.masks.append(mask)
         self.image.append(image)
         self.boxes.extend(box)
         self.labels.append(self.names.setdefault(name, len(self.names)))
@@ -88,6 +106,8 @@ class BoxDataset(Dataset):
     transform  (image tv_tensors.Image, target) -> (image, target), or None
     seed       of the augmentation
 
+    `masks` are the objects' as run lengths, some hundred bytes each, of which `dataset[i]` alone makes pixels; None
+    where the records have none.
     `annotation_file`, `source_ids` int64 [N] and `category_ids` [K] lead back to a COCO file (see data/coco.py) and are
     None without one. Raises DataError for a picture that cannot be read or has another size than its annotation says.
     """
@@ -110,6 +130,7 @@ class BoxDataset(Dataset):
         self.boxes = np.array(records.boxes, dtype=np.float32).reshape(-1, 4)[order]
         self.labels = label[order]
         self.ignore = np.array(records.ignore, dtype=bool)[order]
+        self.masks = None if records.masks is None else Pieces(records.masks[row] for row in order)
 
     def __len__(self):
         return len(self.paths)
@@ -117,20 +138,25 @@ class BoxDataset(Dataset):
     def annotation(self, index, size=(1, 1)):
         """The target of picture `index` in file pixels, without reading the file.
 
-        Relative corners are multiplied by `size` (h, w); layouts in pixels do not need it.
+        Relative corners are multiplied by `size` (h, w); layouts in pixels do not need it. `masks`, where the data set
+        has them, are a list of COCO's run lengths here, {"size": [h, w], "counts": bytes}, and no pixels.
         """
         rows = slice(self.first[index], self.first[index + 1])
         boxes = torch.tensor(self.boxes[rows])
         if self.relative:
             height, width = size
             boxes = boxes * boxes.new_tensor([width, height, width, height])
-        return {
+        target = {
             "boxes": boxes,
             "labels": torch.tensor(self.labels[rows], dtype=torch.int64),
             "ignore": torch.tensor(self.ignore[rows]),
             "image_id": int(index),
             "size": tuple(size) if self.relative else tuple(int(v) for v in self.sizes[index]),
         }
+        if self.masks is not None:
+            rows = range(self.first[index], self.first[index + 1])
+            target["masks"] = [run_lengths.as_coco(self.masks[row], target["size"]) for row in rows]
+        return target
 
     def load(self, index):
         """Picture `index` and its target before any transform."""
@@ -145,6 +171,8 @@ class BoxDataset(Dataset):
         target = self.annotation(index, size)
         target["size"] = size
         target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
+        if "masks" in target:
+            target["masks"] = tv_tensors.Mask(run_lengths.decode([one["counts"] for one in target["masks"]], size))
         return tv_tensors.Image(image), target
 
     def __getitem__(self, key):
@@ -157,13 +185,23 @@ class BoxDataset(Dataset):
 
     def without(self, indices):
         """This data set less the pictures in `indices`."""
-        left = np.setdiff1d(np.arange(len(self)), list(indices))
+        return self.only(np.setdiff1d(np.arange(len(self)), list(indices)))
+
+    def subset(self, count, seed):
+        """`count` pictures of this data set, drawn by `seed`, in its order; all where it has no more."""
+        chosen = np.random.default_rng(seed).permutation(len(self))[:count]
+        return self if count >= len(self) else self.only(chosen)
+
+    def only(self, indices):
+        """The pictures in `indices` as a data set, in the order of this one."""
+        left = np.unique(np.asarray(indices, dtype=np.int64))
         counts = np.diff(self.first)
         rows = np.isin(np.repeat(np.arange(len(self)), counts), left)
         less = copy.copy(self)
         less.paths, less.sizes = Paths(self.paths[index] for index in left), self.sizes[left]
         less.first = np.concatenate([[0], np.cumsum(counts[left])])
         less.boxes, less.labels, less.ignore = self.boxes[rows], self.labels[rows], self.ignore[rows]
+        less.masks = None if self.masks is None else Pieces(self.masks[row] for row in np.flatnonzero(rows))
         less.source_ids = None if self.source_ids is None else self.source_ids[left]
         return less
 
@@ -184,16 +222,9 @@ class BoxDataset(Dataset):
         return np.bincount(self.labels[~self.ignore], minlength=len(self.classes))
 
     def balance_weights(self):
-        """float64 [N] to draw pictures with, so that classes come up about equally often: the weight of a picture is
-        that of its rarest class, one over the number of pictures with the class; a picture without objects weighs what
-        the median picture does."""
+        """See data.classes.balanced."""
         picture = np.repeat(np.arange(len(self)), np.diff(self.first))
-        pairs = np.unique(np.stack([picture, self.labels], axis=1)[~self.ignore], axis=0)
-        pictures_with = np.bincount(pairs[:, 1], minlength=len(self.classes))
-        weights = np.zeros(len(self))
-        np.maximum.at(weights, pairs[:, 0], 1 / pictures_with[pairs[:, 1]])
-        weights[weights == 0] = np.median(weights[weights > 0]) if len(pairs) else 1
-        return weights / weights.sum()
+        return balanced(picture[~self.ignore], self.labels[~self.ignore], len(self), len(self.classes))
 
     def fullest(self, count):
         """int64 [count], the pictures with the most objects; from the first again where there are fewer pictures."""

@@ -4,6 +4,8 @@ import csv
 import math
 from pathlib import Path
 
+import numpy as np
+
 from data.errors import DataError
 from data.files import lines_of
 
@@ -93,3 +95,17 @@ def class_weights(text, names):
         except ValueError:
             raise DataError("--class-weights", item, f"write NAME=NUMBER; names: {', '.join(names)}") from None
     return weights
+
+
+def balanced(picture, labels, pictures, num_classes):
+    """float64 [pictures] to draw pictures with, so that classes come up about equally often, sum 1.
+
+    picture, labels: int [M] of all objects. The weight of a picture is that of its rarest class, one over the number of
+    pictures with the class; a picture without objects weighs what the median picture does.
+    """
+    pairs = np.unique(np.stack([picture, labels], axis=1), axis=0)
+    pictures_with = np.bincount(pairs[:, 1], minlength=num_classes)
+    weights = np.zeros(pictures)
+    np.maximum.at(weights, pairs[:, 0], 1 / pictures_with[pairs[:, 1]])
+    weights[weights == 0] = np.median(weights[weights > 0]) if len(pairs) else 1
+    return weights / weights.sum()

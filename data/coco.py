@@ -5,6 +5,7 @@
 
 Sets are train2017 and val2017 unless others are named. bbox is x, y, width, height in pixels; a crowd (iscrowd 1) is
 ignored; a picture without annotations is background. Category ids may have gaps: labels follow the ids as they rise.
+segmentation, polygons or run lengths, is read where masks are asked for.
 """
 
 import json
@@ -18,28 +19,31 @@ import numpy as np
 from data.boxes import Records, clip, finish
 from data.errors import DataError
 from data.files import lines_of, missing_pictures
+from ops import run_lengths
 
 SETS = ("train2017", "val2017")
 LISTS = ("images", "annotations", "categories")
 KEPT = {*LISTS, "id", "file_name", "height", "width", "image_id", "category_id", "bbox", "iscrowd", "name"}
+KEPT_WITH_MASKS = {*KEPT, "segmentation", "counts", "size"}
 
 
-def load(roots, split, classes=None, sets=SETS, faults=None, transform=None, seed=0):
+def load(roots, split, classes=None, sets=SETS, faults=None, transform=None, seed=0, masks=False):
     """The pictures of `split` ("train" or "val") in all `roots`, joined, as a BoxDataset.
 
     classes   names in label order; None takes all categories, in the order of their ids
     sets      the names of the training and of the validation set
     faults    a list that receives a DataError for everything wrong in the files; None raises the first
+    masks     targets have masks; an object without a valid segmentation is then a fault
 
     From one root the data set has `annotation_file`, `source_ids` int64 [N], COCO's id of every picture, and
     `category_ids`, COCO's id of every label (-1 for a class that the file lacks). From several they are None.
     Raises DataError where a folder is no COCO set.
     """
     name = sets[("train", "val").index(split)]
-    records, found, source_ids, ids = Records(), [], array("q"), {}
+    records, found, source_ids, ids = Records(masks), [], array("q"), {}
     for root in map(Path, roots):
         file, folder = _annotation_file(root, name), _picture_folder(root, name)
-        content = _read_json(file)
+        content = _read_json(file, _slim_with_masks if masks else _slim)
         names = _read_categories(file, content["categories"])
         positions = _read_images(file, folder, content["images"], records, source_ids, found)
         _read_annotations(file, content["annotations"], names, positions, records, found)
@@ -73,9 +77,17 @@ def _slim(pairs):
     return {key: value for key, value in pairs if key in KEPT}
 
 
-def _read_json(file):
+def _slim_with_masks(pairs):
+    """`_slim` that keeps outlines too, each packed as soon as it is read."""
+    kept = {key: value for key, value in pairs if key in KEPT_WITH_MASKS}
+    if "segmentation" in kept:
+        kept["segmentation"] = run_lengths.compact(kept["segmentation"])
+    return kept
+
+
+def _read_json(file, slim=_slim):
     try:
-        content = json.loads("".join(lines_of(file)), object_pairs_hook=_slim)
+        content = json.loads("".join(lines_of(file)), object_pairs_hook=slim)
     except ValueError as error:
         raise DataError(file, "", f"not valid JSON: {error}; fetch or write the file anew") from None
     lack = [key for key in LISTS if not (isinstance(content, dict) and isinstance(content.get(key), list))]
@@ -162,12 +174,21 @@ def _read_annotations(file, annotations, names, positions, records, faults):
     for count, item in enumerate(annotations, start=1):
         try:
             image, name, box = _read_annotation(item, names, positions, records)
+            masked = records.masks is not None and image is not None
+            mask = _read_mask(item, name, records.size(image)) if masked else None
         except (ValueError, OverflowError) as error:
             place = _place("annotation", item.get("id"), count)
             faults.append(DataError(file, place, str(error), kind="box"))
         else:
             if image is not None:
-                records.add_object(image, box, name, item.get("iscrowd") == 1)
+                records.add_object(image, box, name, item.get("iscrowd") == 1, mask)
+
+
+def _read_mask(item, name, size):
+    try:
+        return run_lengths.from_coco(item.get("segmentation"), size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _read_annotation(item, names, positions, records):

@@ -3,11 +3,12 @@
 from functools import partial
 from pathlib import Path
 
-from data import check, coco, csv_boxes, open_images, voc
+from data import check, coco, csv_boxes, open_images, pennfudan, voc
 from data.classes import agree_on_classes
 from data.errors import DataError
 
 LAYOUTS = {"voc": voc.load, "open_images": open_images.load, "coco": coco.load, "csv": csv_boxes.load}
+HELD_OUT = 0.2  # share of PennFudanPed, which comes without a split, to validate on
 
 
 def load(
@@ -20,6 +21,7 @@ def load(
     voc_offset=1,
     coco_sets=coco.SETS,
     csv_files=("", "", ""),
+    masks=False,
 ):
     """(train, val, faults): both sets as BoxDatasets with one class list, and a DataError for everything wrong.
 
@@ -31,10 +33,12 @@ def load(
     voc_offset     number of the first pixel in a VOC set
     coco_sets      names of the training and the validation set in a COCO folder
     csv_files      (train, val, classes) for csv, each "" to take the folder's
+    masks          targets have masks; coco alone can give them
 
     Raises DataError where a folder is no such set or the classes do not agree.
     """
-    options = {"voc": {"offset": voc_offset}, "coco": {"sets": coco_sets}, "csv": {"files": csv_files}}
+    options = {"voc": {"offset": voc_offset}, "csv": {"files": csv_files}}
+    options["coco"] = {"sets": coco_sets, "masks": masks}
     read = partial(LAYOUTS[layout], seed=seed, **options.get(layout, {}))
     for root in [] if layout == "csv" and csv_files[0] else roots:
         if not Path(root).is_dir():
@@ -46,6 +50,26 @@ def load(
         train = read(roots, "train", names, faults=faults)
     val = read(roots, "val", train.classes, faults=faults)
     return train, val, list({str(fault): fault for fault in faults}.values())  # a file may serve both splits
+
+
+def load_pennfudan(roots, *, trained=None, seed=0, share=HELD_OUT, split_seed=0, held_out=None):
+    """(train, val, faults) of PennFudanPed folders, with masks, as `load` gives them.
+
+    trained             classes of a checkpoint in label order, person among them: they rule
+    share, split_seed   see data.pennfudan.split
+    held_out            file names of a validation set kept earlier, instead of a split; see data.pennfudan.names
+
+    Raises DataError where a folder is no such set or the classes do not agree.
+    """
+    for root in roots:
+        if not Path(root).is_dir():
+            raise DataError(root, "", "no such folder; give --data the folder that holds the set")
+    names = agree_on_classes(trained, list(pennfudan.CLASSES), False) if trained else None
+    faults = []
+    dataset = pennfudan.load(roots, names, faults, seed=seed)
+    if held_out is None:
+        return *pennfudan.split(dataset, share, split_seed), faults
+    return *pennfudan.split_by_names(dataset, held_out), faults
 
 
 def settle(train, val, faults, bad_boxes, bad_images, workers, say=print):

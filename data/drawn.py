@@ -4,6 +4,7 @@
     python -m data.drawn openimages OUT --images 200 --seed 0 --size 300x300
     python -m data.drawn coco OUT --images 200 --seed 0
     python -m data.drawn csv OUT --images 200 --seed 0
+    python -m data.drawn pennfudan OUT --images 200 --seed 0
     python -m data.drawn imagefolder OUT --images 2000 --seed 0
     python -m data.drawn nuscenes OUT --images 240 --seed 0
 
@@ -14,16 +15,22 @@ one that was cut off is drawn again.
 """
 
 import argparse
-import csv
+import itertools
 import json
 import os
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from data.errors import DataError
+from data.pennfudan import CLASSES as PEOPLE
+from data.scene_files import (
+    write_coco,
+    write_csv,
+    write_imagefolder,
+    write_open_images,
+    write_pennfudan,
+    write_voc,
+)
 from data.scenes import CLASSES, VERSION, draw_portrait, draw_scene
 from data.world import CAMERAS
 from data.world import CLASSES as WORLD_CLASSES
@@ -34,14 +41,6 @@ MARK = "drawn.json"  # in OUT: the arguments, and whether the set is whole
 FEWEST = 3  # pictures: one each for train, val and test
 FEWEST_PORTRAITS = 2 * len(CLASSES)  # one of each class for train and val
 SMALLEST_SIDE = 64  # pixels: below that the smallest objects are a few pixels wide
-OPEN_IMAGES_COLUMNS = (
-    "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
-    "IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside,id,ClassName"
-)
-CATEGORY_IDS = (1, 3, 7, 10, 18)  # of CLASSES in coco: with gaps, as COCO's own have
-
-
-# ---- layouts: each is (out folder, scenes as (index, Scene) pairs, indices of each part) -> files ----
 
 
 def splits(images):
@@ -60,137 +59,6 @@ def halves(images, least=1):
     return {"train": range(images - part), "val": range(images - part, images)}
 
 
-def save_jpeg(path, image):
-    Image.fromarray(image).save(path, quality=90)
-
-
-def voc_xml(name, scene):
-    """VOC annotation: corners count from 1 and the last pixel belongs to the box. A crowd is written as difficult:
-    VOC has no other word for a box to ignore."""
-    height, width = scene.image.shape[:2]
-    lines = ["<annotation>", "\t<folder>JPEGImages</folder>", f"\t<filename>{name}</filename>"]
-    lines += ["\t<size>", f"\t\t<width>{width}</width>", f"\t\t<height>{height}</height>", "\t\t<depth>3</depth>"]
-    lines += ["\t</size>", "\t<segmented>0</segmented>"]
-    ignored = scene.difficult | scene.crowd
-    for label, (x1, y1, x2, y2), cut, difficult in zip(
-        scene.labels, scene.boxes, scene.truncated, ignored, strict=True
-    ):
-        lines += ["\t<object>", f"\t\t<name>{CLASSES[label]}</name>", "\t\t<pose>Unspecified</pose>"]
-        lines += [f"\t\t<truncated>{int(cut)}</truncated>", f"\t\t<difficult>{int(difficult)}</difficult>"]
-        corners = {"xmin": x1 + 1, "ymin": y1 + 1, "xmax": x2, "ymax": y2}
-        lines += ["\t\t<bndbox>", *(f"\t\t\t<{key}>{value}</{key}>" for key, value in corners.items()), "\t\t</bndbox>"]
-        lines += ["\t</object>"]
-    return "\n".join([*lines, "</annotation>", ""])
-
-
-def write_voc(out, scenes, parts):
-    """JPEGImages, Annotations, ImageSets/Main/{train,val,trainval,test}.txt and labels.txt under out."""
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    for index, scene in scenes:
-        save_jpeg(out / "JPEGImages" / f"{index:06d}.jpg", scene.image)
-        (out / "Annotations" / f"{index:06d}.xml").write_text(voc_xml(f"{index:06d}.jpg", scene))
-    lists = {**parts, "trainval": [*parts["train"], *parts["val"]]}
-    for name, indices in lists.items():
-        (out / "ImageSets/Main" / f"{name}.txt").write_text("".join(f"{index:06d}\n" for index in indices))
-    (out / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-
-
-def write_open_images(out, scenes, parts):
-    """{train,validation,test}/ID.jpg and sub-{train,validation,test}-annotations-bbox.csv under out. A picture without
-    objects has no row, as in Open Images. A mostly hidden object is IsOccluded, a crowd IsGroupOf."""
-    names = {"train": "train", "val": "validation", "test": "test"}
-    split_of = {index: names[part] for part, indices in parts.items() for index in indices}
-    rows = {split: [] for split in names.values()}
-    for split in rows:
-        (out / split).mkdir(parents=True, exist_ok=True)
-    for index, scene in scenes:
-        split, name = split_of[index], f"{index:016x}"
-        save_jpeg(out / split / f"{name}.jpg", scene.image)
-        rows[split] += open_images_rows(name, scene)
-    for split, lines in rows.items():
-        with open(out / f"sub-{split}-annotations-bbox.csv", "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([OPEN_IMAGES_COLUMNS.split(","), *lines])
-
-
-def open_images_rows(name, scene):
-    """One row an object, in the columns of OPEN_IMAGES_COLUMNS; corners relative to the picture, 0 to 1."""
-    height, width = scene.image.shape[:2]
-    rows = []
-    for i, label in enumerate(scene.labels.tolist()):
-        x1, y1, x2, y2 = scene.boxes[i].tolist()
-        corners = [f"{value:.6f}" for value in (x1 / width, x2 / width, y1 / height, y2 / height)]
-        facts = [int(scene.difficult[i]), int(scene.truncated[i]), int(scene.crowd[i]), 0, 0]
-        code = f"/m/0drawn{label}"
-        rows.append([name, "drawn", code, 1, *corners, *facts, code, CLASSES[label]])
-    return rows
-
-
-def write_coco(out, scenes, parts):
-    """annotations/instances_{train,val}2017.json and {train,val}2017/ID.jpg under out. A crowd is iscrowd; the others,
-    mostly hidden ones too, are not. Image ids begin at 101 and leave gaps."""
-    category_of = [
-        {"id": number, "name": name, "supercategory": "shape"} for number, name in zip(CATEGORY_IDS, CLASSES)
-    ]
-    sets = {part: {"images": [], "annotations": [], "categories": category_of} for part in parts}
-    part_of = {index: part for part, indices in parts.items() for index in indices}
-    for folder in ("annotations", *(f"{part}2017" for part in parts)):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    for index, scene in scenes:
-        part, image_id = part_of[index], 101 + 3 * index
-        height, width = scene.image.shape[:2]
-        image = {"id": image_id, "file_name": f"{image_id:012d}.jpg", "width": width, "height": height}
-        save_jpeg(out / f"{part}2017" / image["file_name"], scene.image)
-        sets[part]["images"].append(image)
-        sets[part]["annotations"] += coco_objects(image_id, scene)
-    for part, content in sets.items():
-        (out / "annotations" / f"instances_{part}2017.json").write_text(json.dumps(content) + "\n")
-
-
-def coco_objects(image_id, scene):
-    """One annotation an object; segmentation and area are of its mask."""
-    objects = []
-    for i, label in enumerate(scene.labels.tolist()):
-        x1, y1, x2, y2 = scene.boxes[i].tolist()
-        facts = {"id": 100 * image_id + i, "image_id": image_id, "category_id": CATEGORY_IDS[label]}
-        facts |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(scene.masks[i].sum())}
-        objects.append(facts | {"iscrowd": int(scene.crowd[i]), "segmentation": run_lengths(scene.masks[i])})
-    return objects
-
-
-def run_lengths(mask):
-    """A bool [H,W] as COCO's uncompressed RLE: lengths of runs down the columns, the first of them outside."""
-    ends = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
-    return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0, append=mask.size).tolist()}
-
-
-def write_csv(out, scenes, parts):
-    """train.csv, val.csv (`path,x1,y1,x2,y2,class`; `path,,,,,` where nothing is annotated), classes.csv (`name,id`)
-    and images/ under out. Crowds and mostly hidden objects are left out: csv has no word for a box to ignore."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    rows = {}  # index -> lines
-    for index, scene in scenes:
-        path = f"images/{index:06d}.jpg"
-        save_jpeg(out / path, scene.image)
-        plain = np.flatnonzero(~(scene.crowd | scene.difficult))
-        rows[index] = [[path, *scene.boxes[i].tolist(), CLASSES[scene.labels[i]]] for i in plain] or [[path, *[""] * 5]]
-    tables = {part: [row for index in indices for row in rows[index]] for part, indices in parts.items()}
-    tables["classes"] = [[name, label] for label, name in enumerate(CLASSES)]
-    for name, lines in tables.items():
-        with open(out / f"{name}.csv", "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(lines)
-
-
-def write_imagefolder(out, scenes, parts):
-    """{train,val}/CLASS/ID.jpg under out; every scene has one object."""
-    part_of = {index: part for part, indices in parts.items() for index in indices}
-    for part in parts:
-        for name in CLASSES:
-            (out / part / name).mkdir(parents=True, exist_ok=True)
-    for index, scene in scenes:
-        save_jpeg(out / part_of[index] / CLASSES[scene.labels[0]] / f"{index:06d}.jpg", scene.image)
-
-
 # ---- drawing a set ----
 
 
@@ -202,10 +70,13 @@ def draw(write, out, images, seed, size, portraits=False):
     """
     three_parts = write in (write_voc, write_open_images)
     picture = draw_portrait if portraits else draw_scene
+    scenes = (picture(seed, index, size) for index in itertools.count())
+    if write is write_pennfudan:
+        scenes = (scene for scene in scenes if not scene.crowd.any())
 
     def fill(folder):
         parts = splits(images) if three_parts else halves(images, least=len(CLASSES) if portraits else 1)
-        write(folder, ((index, picture(seed, index, size)) for index in range(images)), parts)
+        write(folder, zip(range(images), scenes), parts)
 
     wanted = {"layout": write.__name__.removeprefix("write_"), "images": images, "seed": seed}
     wanted |= {"size": list(size) if size else None, "version": VERSION}
@@ -258,7 +129,8 @@ def is_whole(out, wanted):
 
 
 def pictures_in(out):
-    return sum(1 for _ in out.rglob("*.jpg"))
+    """How many the folder holds, masks not counted."""
+    return sum(1 for path in out.rglob("*") if path.suffix == ".jpg" or path.parent.name == "PNGImages")
 
 
 def write_mark(out, values):
@@ -288,6 +160,11 @@ def draw_csv(out, images=200, seed=0, size=None):
     return draw(write_csv, out, images, seed, size)
 
 
+def draw_pennfudan(out, images=200, seed=0, size=None):
+    """A PennFudanPed folder, of scenes without crowds; see `draw` for arguments and errors."""
+    return draw(write_pennfudan, out, images, seed, size)
+
+
 def draw_imagefolder(out, images=200, seed=0, size=None):
     """ImageNet-style class folders; see `draw` for arguments and errors."""
     return draw(write_imagefolder, out, images, seed, size, portraits=True)
@@ -309,6 +186,7 @@ LAYOUTS = {
     "openimages": draw_open_images,
     "coco": draw_coco,
     "csv": draw_csv,
+    "pennfudan": draw_pennfudan,
     "imagefolder": draw_imagefolder,
     "nuscenes": draw_nuscenes,
 }
@@ -346,7 +224,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     out = LAYOUTS[args.layout](args.out, images=args.images, seed=args.seed, size=args.size)
-    classes = WORLD_CLASSES if args.layout == "nuscenes" else CLASSES
+    classes = {"nuscenes": WORLD_CLASSES, "pennfudan": PEOPLE}.get(args.layout, CLASSES)
     print(f"{out}: {pictures_in(out)} pictures, classes {' '.join(classes)}")
 
 

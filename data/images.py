@@ -22,7 +22,7 @@ def read_image(path):
 
     By Pillow: torchvision's decoders are twice as quick and to be removed.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         ImageOps.exif_transpose(file, in_place=True)
         image = file
         if image.mode.startswith("I"):  # 16 bits a pixel; convert("RGB") would clip instead of scale
@@ -35,7 +35,7 @@ def read_image(path):
 
 def image_size(path):
     """(height, width) of the upright picture in `path`, from its header alone. Raises DataError of kind "image"."""
-    with _opened(path, whole=False) as file:
+    with opened(path, whole=False) as file:
         width, height = file.size
         on_its_side = _exif(file).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (width, height) if on_its_side else (height, width)
@@ -63,7 +63,7 @@ def _tells_more_behind_the_pixels(stream):
 
 
 @contextmanager
-def _opened(path, whole=True):
+def opened(path, whole=True):
     """The file as a Pillow image, its bytes read at once if `whole`; what goes wrong while it is in use becomes a
     DataError."""
     try:

@@ -1,5 +1,7 @@
 """From a data set to batches: which pictures a step sees, and how they become one tensor."""
 
+import math
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler, Subset
@@ -77,14 +79,22 @@ class Targets(list):
     """The targets of a batch, which go from a worker to the loop as one message of plain bytes.
 
     torch sends each tensor as a file in shared memory of its own: boxes, labels and ignore of 128 pictures, twice, are
-    more than the 1,024 files that a process may usually have open.
+    more than the 1,024 files that a process may usually have open. Masks, megabytes each, go as eight pixels a byte.
     """
 
     def __reduce__(self):
-        return _from_arrays, (_convert(self, torch.Tensor, torch.Tensor.numpy),)
+        arrays = _convert(self, torch.Tensor, torch.Tensor.numpy)
+        for target in arrays:
+            if "masks" in target:
+                target["masks"] = np.packbits(target["masks"]), target["masks"].shape
+        return _from_arrays, (arrays,)
 
 
 def _from_arrays(targets):
+    for target in targets:
+        if "masks" in target:
+            bits, shape = target["masks"]
+            target["masks"] = np.unpackbits(bits, count=math.prod(shape)).reshape(shape)
     return Targets(_convert(targets, np.ndarray, torch.from_numpy))
 
 
@@ -108,7 +118,8 @@ class PadCollate:
 
     multiple   H and W are those of the largest picture rounded up to a multiple of this, in pixels
 
-    Each picture lies at the top left, what is left over is 0, and its target gains "shape", its own (h, w).
+    Each picture lies at the top left, what is left over is 0, and its target gains "shape", its own (h, w). Masks stay
+    in the targets, of that shape.
     """
 
     def __init__(self, multiple):

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from tqdm import tqdm
 
 from data import pcd, tables
 from data.boxes import seeded
+from data.classes import balanced
 from data.errors import DataError
 from data.files import NAMED, lines_of
 from data.images import read_image
@@ -166,6 +168,7 @@ class RadarDataset(Dataset):
         self.max_distance, self.z_offset = max_distance, z_offset
         self.classes, self.transform, self.seed = list(CLASSES), transform, seed
         self.version = self.split = ""
+        self.lacking = np.zeros(0, np.int32)
 
     def __len__(self):
         return len(self.frames)
@@ -275,7 +278,7 @@ class RadarDataset(Dataset):
         mine = np.unique(self.tables.frame_sample[self.frames])
         wanted = np.concatenate([self.frames, self.sweeps[mine].ravel()])
         wanted = np.unique(wanted[wanted >= 0])
-        lacking = _missing(self.root, self.tables.frame_paths, wanted)
+        self.lacking = lacking = _missing(self.root, self.tables.frame_paths, wanted)
         if not len(lacking):
             return
         paths = [self.tables.frame_paths[frame] for frame in lacking[:NAMED]]
@@ -287,6 +290,23 @@ class RadarDataset(Dataset):
         say(f"{self.root}: {reason} (skipped)")
         self.frames = self.frames[~np.isin(self.frames, lacking)]
         self.sweeps = np.where(np.isin(self.sweeps, lacking), -1, self.sweeps)
+
+    def faults(self):
+        """A DataError for every picture and sweep that was left out because its file lacks."""
+        return [DataError(self.path(frame), "", "no such file; unpack it", kind="image") for frame in self.lacking]
+
+    def balance_weights(self):
+        """See data.classes.balanced. Looks at the boxes of every picture: a minute for v1.0-trainval."""
+        rows = tqdm(range(len(self)), desc="counting classes", unit="image", disable=None)
+        targets = [self.annotation(index) for index in rows]
+        labels = [target["labels"][~target["ignore"]].numpy() for target in targets]
+        picture = np.repeat(np.arange(len(self)), [len(each) for each in labels])
+        return balanced(picture, np.concatenate(labels), len(self), len(self.classes))
+
+    def fullest(self, count):
+        """int64 [count], pictures of the key frames with the most objects; from the first again if they are fewer."""
+        objects = np.diff(self.tables.annotation_first)[self.tables.frame_sample[self.frames]]
+        return np.resize(np.argsort(-objects, kind="stable"), count)
 
     def class_counts(self):
         """Annotations of each class that count, int64 [10]; one that two cameras show counts once."""

@@ -22,6 +22,23 @@ def keep_objects(target, keep):
     return {name: value[keep] if name in PER_OBJECT else value for name, value in target.items()}
 
 
+def move_masks(target, region, shape):
+    """`target` with its masks, if it has any, as they look where `region` (top, left, height, width) of the picture is
+    shown as `shape` (h, w). A pixel is what the middle of it shows, and 0 beyond the picture: so edges stay within half
+    a pixel of where the edges of boxes go, which v2's nearest neighbour does not give.
+    """
+    if "masks" not in target:
+        return target
+    masks = target["masks"].as_subclass(torch.Tensor)
+    for side, start, length, count in zip((1, 2), region[:2], region[2:], shape):
+        seen = start + ((torch.arange(count, dtype=torch.float64) + 0.5) * (length / count)).floor().long()
+        outside = (seen < 0) | (seen >= masks.shape[side])
+        masks = masks.index_select(side, seen.clamp(0, masks.shape[side] - 1))
+        if outside.any():
+            masks.index_fill_(side, outside.nonzero()[:, 0], 0)
+    return target | {"masks": tv_tensors.Mask(masks)}
+
+
 class ZoomOrCrop:
     """SSD's geometry (Liu et al. 2016, section 2.2): zoom out, then an IoU crop, then one resize to the network's size.
 
@@ -53,7 +70,7 @@ class ZoomOrCrop:
         thick = (moved[:, 2:] - moved[:, :2] >= 1).all(1)
         target = keep_objects(target | {"boxes": moved}, thick & centers_inside(boxes, region))
         target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=self.size)
-        return self.resample(image, region), target
+        return self.resample(image, region), move_masks(target, region, self.size)
 
     def canvas(self, height, width):
         """A canvas of 1 to `largest_canvas` times the picture's sides, the picture anywhere on it."""
@@ -214,7 +231,8 @@ class HorizontalFlip:
     def __call__(self, image, target):
         if torch.rand(()) >= self.probability:
             return image, target
-        return F.horizontal_flip(image), target | {"boxes": F.horizontal_flip(target["boxes"])}
+        flipped = {name: F.horizontal_flip(target[name]) for name in ("boxes", "masks") if name in target}
+        return F.horizontal_flip(image), target | flipped
 
 
 class Chain:
@@ -264,6 +282,7 @@ class ResizeSides:
         thick = (boxes[:, 2:] - boxes[:, :2] >= self.thinnest).all(1)
         target = keep_objects(target | {"boxes": boxes}, thick)
         target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=shape)
+        target = move_masks(target, (0, 0, height, width), shape)
         pixels = image.as_subclass(torch.Tensor)
         return tv_tensors.Image(F.resize_image(pixels, list(shape), antialias=True)), target
 

@@ -5,7 +5,8 @@ drives through it, and what its radars measure.
 one and the car's (x forward, y left, z up), a radar's as the car's turned about z, and a camera's (x right, y down,
 z forward); metres, seconds, radians. The road is an arc: a place on it is (s, d), metres along its middle and metres
 to the left of it. Everything keeps its speed, which is drawn apart from its look: a single picture does not tell how
-fast a thing on the road moves, the radars do. Scene `index` is a function of (seed, index, keyframes).
+fast a thing on the road moves, the radars do. Scene `index` is a function of (seed, index, keyframes); what a mirror
+shows of it is `data.world_mirror`'s.
 """
 
 import math
@@ -113,7 +114,8 @@ class World:
     origin [2], heading: global place of (s, d) = (0, 0), and the road's direction there. bend: 1 / radius in 1 / metre,
     never 0. ego: s, d of the car at time 0 and its ds/dt. size [M,3]: width, length, height. start, rate [M,2]: (s, d)
     at time 0 and its change a second. turn [M]: where a thing faces, from the road's direction. scatter [M,8,2], on the
-    outline of the unit square: where a radar's echo comes from.
+    outline of the unit square: where a radar's echo comes from. cameras, radars: of the car, by channel. hand: 1, or -1
+    where all is seen in a mirror: looks and chance, which have a left and a right too, change their sides.
     """
 
     origin: np.ndarray
@@ -130,6 +132,9 @@ class World:
     rate: np.ndarray
     turn: np.ndarray
     scatter: np.ndarray
+    cameras: dict
+    radars: dict
+    hand: int
 
     def at(self, place):
         """(s, d) [...,2] -> global x, y [...,2] and the road's direction [...] there."""
@@ -173,7 +178,7 @@ def build(seed, index, keyframes):
         rng.uniform(300, 1800, size=2), float(rng.uniform(-math.pi, math.pi)), bend, ego, keyframes, light,
         np.array([r["label"] for r in rows]), [r["category"] for r in rows], [r["attribute"] for r in rows],
         *(np.array([r[key] for r in rows], np.float64) for key in ("size", "start", "rate", "turn")),
-        np.stack([outline(rng) for _ in rows]),
+        np.stack([outline(rng) for _ in rows]), CAMERAS, RADARS, 1,
     )  # fmt: skip
 
 
@@ -296,7 +301,7 @@ def radar_returns(world, name, time, rng):
     the ray, and vx_comp, vy_comp the thing's own over ground along the ray; both point to or from the radar. The height
     is not measured: z is 0. Some returns are wrong and say so (invalid_state, ambig_state), as real ones.
     """
-    radar = RADARS[name]
+    radar = world.radars[name]
     xy, yaw, speed, rate = world.car(time)
     lever = turned(yaw) @ np.array(radar.place[:2])
     motion = speed * np.array([math.cos(yaw), math.sin(yaw)]) + rate * np.array([-lever[1], lever[0]])
@@ -310,7 +315,7 @@ def radar_returns(world, name, time, rng):
         return (points - xy - lever) @ to_radar.T
 
     echo = seen_from_radar(world.scatter)
-    side = np.arange(8) % 4 * (math.pi / 2) + facing[:, None] - yaw - math.radians(radar.turn)
+    side = np.arange(8) % 4 * (world.hand * math.pi / 2) + facing[:, None] - yaw - math.radians(radar.turn)
     lit = (echo * np.stack([np.cos(side), np.sin(side)], axis=-1)).sum(axis=-1) < 0
     chance = np.array([REFLECTS[label] for label in world.label.tolist()])[:, None]
     lit &= rng.random(lit.shape) < chance * np.clip(1.3 - np.linalg.norm(echo, axis=-1) / 80, 0.3, 1)
@@ -319,12 +324,12 @@ def radar_returns(world, name, time, rng):
     clear = ~shadowed(points, thing, seen_from_radar(np.broadcast_to(corners, (len(centre), 4, 2))), world.size[:, 2])
     points, own, thing = points[clear], own[clear], thing[clear]
     ground = int(rng.integers(6, 16))  # returns from the ground, walls and wires
-    angle, reach = rng.uniform(-1, 1, ground) * RADAR_HALF_ANGLE, rng.uniform(3, RADAR_REACH, ground)
+    angle, reach = rng.uniform(-1, 1, ground) * world.hand * RADAR_HALF_ANGLE, rng.uniform(3, RADAR_REACH, ground)
     points = np.concatenate([np.stack([reach * np.cos(angle), reach * np.sin(angle)], axis=1), points])
     own, thing = np.concatenate([np.zeros((ground, 2)), own]), np.concatenate([np.full(ground, -1), thing])
     reach, angle = np.linalg.norm(points, axis=1), np.arctan2(points[:, 1], points[:, 0])
     kept = (reach > 0.8) & (reach < RADAR_REACH) & (np.abs(angle) <= RADAR_HALF_ANGLE)
-    return measured(rng, points[kept], own[kept], to_radar @ motion), thing[kept]
+    return measured(rng, points[kept], own[kept], to_radar @ motion, world.hand), thing[kept]
 
 
 def shadowed(points, thing, corners, height):
@@ -337,15 +342,16 @@ def shadowed(points, thing, corners, height):
     return (behind & (thing[:, None] != tall)).any(axis=1)
 
 
-def measured(rng, points, own, motion):
-    """RADAR_POINT [P] of true places and velocities over ground [P,2]; motion [2]: the radar's; all in its frame."""
+def measured(rng, points, own, motion, hand):
+    """RADAR_POINT [P] of true places and velocities over ground [P,2]; motion [2]: the radar's; all in its frame; hand:
+    the World's."""
     count = len(points)
     reach, angle = np.linalg.norm(points, axis=1), np.arctan2(points[:, 1], points[:, 0])
     true_ray = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     along = (own * true_ray).sum(axis=1) + rng.normal(0, 0.08, count)
     relative = along - true_ray @ motion
     across = np.abs(own[:, 0] * true_ray[:, 1] - own[:, 1] * true_ray[:, 0])
-    reach, angle = reach + rng.normal(0, 0.12, count), angle + rng.normal(0, 0.003, count)
+    reach, angle = reach + rng.normal(0, 0.12, count), angle + hand * rng.normal(0, 0.003, count)
     ray = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     still = np.linalg.norm(own, axis=1) < 0.2
     moving = np.where(across > 2 * np.abs(along), CROSSING_MOVING, np.where(along < 0, ONCOMING, MOVING))

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from data.world import BEFORE, CAMERAS, KEYFRAME, RADARS, SWEEP, build, radar_returns, turned
+from data.world_mirror import mirror
 from data.world_pictures import Painter
 
 TRAIN = ("scene-0061", "scene-0553", "scene-0655", "scene-0757", "scene-0796", "scene-1077", "scene-1094", "scene-1100")
@@ -61,8 +62,11 @@ DATA binary
 PCD_ROOM = 4096  # bytes of a real file besides its points: header, then zeros after the points
 
 
-def write_nuscenes(out, images, seed, size=None):
-    """Draws a set of `images` pictures, a multiple of 6 and 24 or more, into the folder `out` (a Path)."""
+def write_nuscenes(out, images, seed, size=None, mirrored=False):
+    """Draws a set of `images` pictures, a multiple of 6 and 24 or more, into the folder `out` (a Path).
+
+    mirrored: draw the same world as a mirror shows it; see `data.world_mirror`. Samples and things keep their tokens.
+    """
     for name in (*CAMERAS, *RADARS, "LIDAR_TOP"):
         (out / "samples" / name).mkdir(parents=True, exist_ok=True)
     for name in RADARS:
@@ -71,7 +75,8 @@ def write_nuscenes(out, images, seed, size=None):
     Image.new("L", (64, 64)).save(out / "maps/empty.png")
     tables = Tables(seed)
     for index, keyframes in enumerate(scene_lengths(images // len(CAMERAS))):
-        SceneWriter(out, tables, index, build(seed, index, keyframes), size or USUAL_SIZE).write()
+        world = build(seed, index, keyframes)
+        SceneWriter(out, tables, index, mirror(world) if mirrored else world, size or USUAL_SIZE).write()
     tables.add("map", "map", category="semantic_prior", filename="maps/empty.png", log_tokens=list(tables.rows["log"]))
     tables.save(out / "v1.0-mini")
 
@@ -191,10 +196,12 @@ class SceneWriter:
         """Token of the sensor's row in calibrated_sensor."""
         intrinsic = []
         if name in CAMERAS:
-            place, rotation = CAMERAS[name].place, quaternion(CAMERAS[name].rotation)
-            intrinsic = CAMERAS[name].intrinsic(*self.size).tolist()
+            camera = self.world.cameras[name]
+            place, rotation = camera.place, quaternion(camera.rotation)
+            intrinsic = camera.intrinsic(*self.size).tolist()
         else:
-            place, turn = LIDAR if name == "LIDAR_TOP" else (RADARS[name].place, RADARS[name].turn)
+            radar = self.world.radars.get(name)
+            place, turn = (radar.place, radar.turn) if radar else LIDAR
             rotation = about_z(math.radians(turn))
         sensor = self.tables.token("sensor", name)
         return self.tables.add("calibrated_sensor", f"{self.name}/{name}", sensor_token=sensor,
@@ -222,7 +229,7 @@ class SceneWriter:
         """All sweeps of the five radars; returns for each keyframe the number of good returns of each thing [M]."""
         counts = np.zeros((len(samples), len(self.world.label)), np.int64)
         last = (len(samples) - 1) * KEYFRAME
-        for name, radar in RADARS.items():
+        for name, radar in self.world.radars.items():
             # the radar's own beat; the sweep nearest to a keyframe is the keyframe's
             times = np.arange(radar.delay - SWEEP * int(BEFORE / SWEEP), last + SWEEP / 2, SWEEP)
             nearest = [int(np.abs(times - number * KEYFRAME).argmin()) for number in range(len(samples))]
@@ -240,7 +247,7 @@ class SceneWriter:
     def cameras(self, number, sample):
         """The six pictures of a keyframe; of each thing (pixels seen [M], pixels it would have alone [M]) in all."""
         seen, own = 0, 0
-        for name, camera in CAMERAS.items():
+        for name, camera in self.world.cameras.items():
             time = number * KEYFRAME + camera.delay * 1e-6
             image, here, alone = self.painter.paint(name, time)
             image.save(self.record(name, time, sample, True, "jpg"), quality=90)

@@ -7,9 +7,9 @@ import math
 from functools import partial
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
-from data.world import CAMERAS, CROSSING, CROSSING_HALF, ROAD, SHOULDER, SIDEWALK, turned
+from data.world import CROSSING, CROSSING_HALF, ROAD, SHOULDER, SIDEWALK, turned
 from data.world_shapes import mesh
 
 REACH = 110.0  # metres: nothing is drawn beyond
@@ -39,13 +39,17 @@ def far_to_near(ground, eye):
 
 
 class Painter:
-    """Paints the pictures of one World, (width, height) each."""
+    """Paints the pictures of one World, (width, height) each.
+
+    Those of a mirrored world are painted as a mirror shows them and turned round at the end: Pillow fills a polygon up
+    to another part of a pixel on its left than on its right.
+    """
 
     def __init__(self, world, size):
         self.world, self.size = world, size
         self.rng = np.random.default_rng(int(world.light["look"]))
         facts = zip(world.label.tolist(), world.attribute, world.size, strict=True)
-        self.meshes = [mesh(label, attribute, thing, self.rng) for label, attribute, thing in facts]
+        self.meshes = [mesh(label, attribute, thing, self.rng, world.hand) for label, attribute, thing in facts]
         self.noise = self.rng.random((256, 256), np.float32) - 0.5
         cells = Image.fromarray(np.tile(self.rng.random((32, 32), np.float32), (3, 3)))
         clouds = np.asarray(cells.resize((768, 768), Image.Resampling.BICUBIC))
@@ -58,14 +62,20 @@ class Painter:
         self.zones = (base * self.rng.uniform(0.85, 1.15, size=(4, 1))).astype(np.float32)
         sun, high = world.light["sun"], math.radians(42)
         self.sun = np.array([math.cos(sun) * math.cos(high), math.sin(sun) * math.cos(high), math.sin(high)])
-        self.grids = {name: self.grid(name) for name in CAMERAS}
+        self.grids = {name: self.grid(name) for name in world.cameras}
+
+    def lens(self, name):
+        """float64 [3,3], camera -> pixels that are painted."""
+        width, height = self.size
+        intrinsic = self.world.cameras[name].intrinsic(width, height)
+        return intrinsic if self.world.hand > 0 else np.array([[-1, 0, width], [0, 1, 0], [0, 0, 1]]) @ intrinsic
 
     def grid(self, name):
         """What stays the same from picture to picture of a camera: of each pixel the direction (turn to the left of
         the car, rise) above the horizon, and below it the distance and the road's (s, d), s from the car."""
-        camera, (width, height) = CAMERAS[name], self.size
+        camera, (width, height) = self.world.cameras[name], self.size
         x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-        rays = np.stack([x, y, np.ones_like(x)], axis=-1) @ np.linalg.inv(camera.intrinsic(width, height)).T
+        rays = np.stack([x, y, np.ones_like(x)], axis=-1) @ np.linalg.inv(self.lens(name)).T
         rays = rays @ camera.rotation.T
         rise = rays[..., 2] / np.linalg.norm(rays[..., :2], axis=-1)
         below = rise < -0.008
@@ -86,7 +96,7 @@ class Painter:
         _, yaw, *_ = self.world.car(time)
         picture = np.empty((height, width, 3), np.float32)
         picture[grid["below"]] = self.street(grid, np.float32(self.world.ego[0] + self.world.ego[2] * time))
-        turn, rise = grid["turn"] + np.float32(yaw), grid["rise"]
+        turn, rise = (grid["turn"] + np.float32(yaw)) * self.world.hand, grid["rise"]
         haze = self.haze.astype(np.float32)
         cloud = self.clouds[(rise * 200).astype(np.int64) & 255, (turn * (128 / math.pi)).astype(np.int64) & 255]
         share = np.clip(rise * 3, 0, 1)[:, None]
@@ -97,7 +107,7 @@ class Painter:
 
     def street(self, grid, here):
         """The ground's colours, float32 [P,3], of the pixels below the horizon; here: s of the car."""
-        s, d, distance = grid["s"] + here, grid["d"], grid["distance"]
+        s, d, distance = grid["s"] + here, grid["d"] * self.world.hand, grid["distance"]
         away = np.abs(d)
         along = np.abs((s + CROSSING / 2) % CROSSING - CROSSING / 2)  # metres from the middle of a crossing road
         crossing = along < CROSSING_HALF
@@ -119,13 +129,13 @@ class Painter:
     def paint(self, name, time):
         """One picture: (image, seen [M], own [M]): an RGB Pillow image, and of each thing how many of its pixels are
         seen, and how many it would have in this picture alone."""
-        camera, (width, height) = CAMERAS[name], self.size
+        camera, (width, height) = self.world.cameras[name], self.size
         xy, yaw, *_ = self.world.car(time)
         rotation = np.eye(3)
         rotation[:2, :2] = turned(yaw)
         eye = rotation @ np.array(camera.place) + [*xy, 0]
         to_camera = (rotation @ camera.rotation).T
-        view = partial(project_quads, eye, to_camera, camera.intrinsic(width, height))
+        view = partial(project_quads, eye, to_camera, self.lens(name))
         centre, facing, _ = self.world.things(time)
         image = Image.fromarray(self.background(name, time)).resize(
             (width * OVERSAMPLE, height * OVERSAMPLE), Image.Resampling.NEAREST
@@ -140,7 +150,8 @@ class Painter:
             self.thing(i, centre[i], facing[i], eye, view, pen, (ImageDraw.Draw(owner), ImageDraw.Draw(alone)))
             own[i] = np.count_nonzero(np.asarray(alone))
         seen += np.bincount(np.asarray(owner).ravel(), minlength=count + 1)[1:]
-        return image.reduce(OVERSAMPLE), seen, own
+        image = image.reduce(OVERSAMPLE)
+        return image if self.world.hand > 0 else ImageOps.mirror(image), seen, own
 
     def in_sight(self, centre, facing, eye, to_camera):
         """(things that may be in the picture, corners of the ground that each stands on [N,4,2])."""

@@ -146,14 +146,15 @@ def face_quad(low, high, taper, face, u1=0.0, v1=0.0, u2=1.0, v2=1.0):
     return np.array(low) + share * (np.array(high) - low)
 
 
-def mesh(label, attribute, size, rng):
+def mesh(label, attribute, size, rng, hand=1):
     """All painted rectangles of a thing, Q of them, in its own frame: corners [Q,4,3] in metres, colour [Q,3], box
-    [Q] (which of its boxes), whole [Q] (a face, not a pattern), then middle [N,3] and layer [N] of its N boxes."""
+    [Q] (which of its boxes), whole [Q] (a face, not a pattern), then middle [N,3] and layer [N] of its N boxes.
+    With hand -1 what is on its left is on its right."""
     body = BODIES[label][int(rng.integers(len(BODIES[label])))]
     boxes, quads = [*BOXES[label], *(RIDER if attribute == "cycle.with_rider" else [])], []
     # without its rider a cycle is lower: its own boxes then fill the height
     stretch = 1 / 0.7 if attribute == "cycle.without_rider" else 1.0
-    scale = np.array([size[1], size[0], size[2] * stretch])
+    scale = np.array([size[1], hand * size[0], size[2] * stretch])
     for number, (low, high, colour, taper, patterns, _) in enumerate(boxes):
         for face in FACES:
             quads.append((face_quad(low, high, taper, face), colour, number, True))

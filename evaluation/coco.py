@@ -1,4 +1,4 @@
-"""COCO's twelve numbers for boxes, by pycocotools, and detections in COCO's results format.
+"""COCO's twelve numbers for boxes, and for masks, by pycocotools, and detections in COCO's results format.
 
 pycocotools looks at every pair of a picture and a category and keeps a dict a box. Here it gets one category at a time,
 with the pictures that hold it in truth or detection; the others add nothing. So memory stays bounded where categories
@@ -10,17 +10,21 @@ import functools
 import io
 import json
 import os
+from pathlib import Path
 
 import numpy as np
+from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from evaluation.rows import Rows, write_json
+from ops import run_lengths
 
 # in the order of pycocotools' stats. APs and ARs are means over the IoUs 0.5, 0.55 .. 0.95 unless the name says one;
 # AR_n with n detections a picture and category, all else with 100; small, medium, large: up to 32, 96 pixels a side
 MEASURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 MEASURES += ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
+MASK_MEASURES = tuple(f"mask {name}" for name in MEASURES)
 
 
 class COCOEvaluator:
@@ -31,16 +35,19 @@ class COCOEvaluator:
                      evaluated; image_ids [I] and category_ids [K] are the file's ids of `target["image_id"]` and of the
                      labels, -1 for a class that the file lacks: its detections are left out. Without a file truth is
                      the targets', boxes to ignore are crowds, image ids stay as they are and category k + 1 is label k
+    masks            detections, and targets where there is no file, have masks: MASK_MEASURES follow
 
-    Boxes are in pixels of the file. No detections at all give 0.0.
+    Boxes and masks are in pixels of the file. No detections at all give 0.0. A true object is as large as its mask
+    where masks are scored, and a detected one as large as its box among boxes and as its mask among masks.
     """
 
-    def __init__(self, classes, annotation_file=None, image_ids=None, category_ids=None):
-        self.classes, self.annotation_file = list(classes), annotation_file
+    def __init__(self, classes, annotation_file=None, image_ids=None, category_ids=None, masks=False):
+        self.classes, self.annotation_file, self.masks = list(classes), annotation_file, masks
         self.image_ids = None if image_ids is None else np.asarray(image_ids)
         ids = range(1, len(self.classes) + 1) if category_ids is None else category_ids
         self.category_ids = np.asarray(ids, dtype=np.int64)
-        self._rows = Rows(len(self.classes))
+        with_masks = () if not masks else ("found",) if annotation_file else ("truth", "found")
+        self._rows = Rows(len(self.classes), with_masks)
         self._results = None
 
     def update(self, targets, detections):
@@ -56,37 +63,97 @@ class COCOEvaluator:
         if self.annotation_file is None:
             truth = self._as_coco(data, images, "truth")
             truth["iscrowd"] = data["truth_ignore"].astype(np.int64)[truth.pop("rows")]
-            truth["area"] = truth["bbox"][:, 2:].prod(1)
+            truth["area"] = areas(truth) if self.masks else truth["bbox"][:, 2:].prod(1)
         else:
-            truth = read_truth(str(self.annotation_file), os.stat(self.annotation_file).st_mtime_ns)
+            truth = read_truth(str(self.annotation_file), os.stat(self.annotation_file).st_mtime_ns, self.masks)
             truth = chosen(truth, np.isin(truth["image_id"], images))
-        return dict(zip(MEASURES, twelve(truth, found, self.category_ids[self.category_ids >= 0])))
+        categories = self.category_ids[self.category_ids >= 0]
+        metrics = dict(zip(MEASURES, twelve(truth, found, categories)))
+        if self.masks:
+            outlined = chosen(truth, np.array([counts is not None for counts in truth["counts"]], dtype=bool))
+            metrics |= dict(zip(MASK_MEASURES, twelve(outlined, found, categories, "segm")))
+        return metrics
 
     def write(self, path):
-        """Writes the detections that `compute` scored as COCO's results json: a whole file or none."""
+        """Writes the detections that `compute` scored as COCO's results json: a whole file or none. Masks go beside it,
+        detections_masks.json beside detections.json: where a box stands too, pycocotools takes its area for the
+        mask's."""
         if self._results is None:
             raise RuntimeError("call compute() first")
-        write_json(path, as_dicts(self._results))
+        about = {name: self._results[name] for name in ("image_id", "category_id")}
+        write_json(path, as_dicts(about | {name: self._results[name] for name in ("bbox", "score")}))
+        if self.masks:
+            rows = as_dicts(about | {"score": self._results["score"]})
+            for row, runs in zip(rows, segmentations(self._results), strict=True):
+                row["segmentation"] = {**runs, "counts": runs["counts"].decode()}
+            path = Path(path)
+            write_json(path.with_stem(f"{path.stem}_masks"), rows)
 
     def _as_coco(self, data, images, prefix):
-        """COCO's columns of truth or detections, less those of classes that the file lacks; `rows` of `data`."""
+        """COCO's columns of truth or detections, less those of classes that the file lacks; `rows` of `data`. Masks are
+        `counts`, `height` and `width`."""
         categories = self.category_ids[data[f"{prefix}_labels"]]
         rows = np.flatnonzero(categories >= 0)
         low, high = np.split(data[f"{prefix}_boxes"][rows].astype(np.float64), 2, axis=1)
-        columns = {"image_id": images[data[f"{prefix}_image"][rows]], "category_id": categories[rows], "rows": rows}
-        return columns | {"bbox": np.concatenate([low, high - low], axis=1)}
+        image = data[f"{prefix}_image"][rows]
+        columns = {"image_id": images[image], "category_id": categories[rows], "rows": rows}
+        columns["bbox"] = np.concatenate([low, high - low], axis=1)
+        if self.masks:
+            columns |= {"counts": data[f"{prefix}_masks"][rows], "height": data["height"][image]}
+            columns["width"] = data["width"][image]
+        return columns
 
 
 @functools.lru_cache(maxsize=1)  # every validation of a run asks for the same file
-def read_truth(path, changed):
-    """Columns of an annotation file: image_id, category_id, bbox [M,4] x, y, w, h, area, iscrowd. changed: its time."""
+def read_truth(path, changed, masks=False):
+    """Columns of an annotation file: image_id, category_id, bbox [M,4] x, y, w, h, area, iscrowd. changed: its time.
+
+    masks: also counts (None where the file holds no valid segmentation), height and width.
+    """
     with open(path, encoding="utf-8") as file:
-        rows = json.load(file)["annotations"]
+        content = json.load(file, object_pairs_hook=packed if masks else without_outlines)
+    rows = content["annotations"]
     bbox = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
     columns = {name: np.array([row[name] for row in rows], dtype=np.int64) for name in ("image_id", "category_id")}
     columns["iscrowd"] = np.array([row.get("iscrowd", 0) for row in rows], dtype=np.int64)
     area = [row.get("area", width * height) for row, (_, _, width, height) in zip(rows, bbox.tolist(), strict=True)]
-    return columns | {"bbox": bbox, "area": np.array(area, dtype=np.float64)}
+    columns |= {"bbox": bbox, "area": np.array(area, dtype=np.float64)}
+    if masks:
+        size_of = {image["id"]: (int(image["height"]), int(image["width"])) for image in content["images"]}
+        sizes = [size_of.get(row["image_id"], (0, 0)) for row in rows]
+        columns["height"], columns["width"] = np.array(sizes, dtype=np.int32).reshape(-1, 2).T
+        columns["counts"] = np.empty(len(rows), dtype=object)
+        columns["counts"][:] = [outline(row.get("segmentation"), size) for row, size in zip(rows, sizes, strict=True)]
+    return columns
+
+
+def packed(pairs):
+    """A JSON object whose outlines, nine tenths of COCO, are packed as soon as they are read."""
+    return {key: run_lengths.compact(value) if key == "segmentation" else value for key, value in pairs}
+
+
+def without_outlines(pairs):
+    """A JSON object without outlines."""
+    return {key: value for key, value in pairs if key != "segmentation"}
+
+
+def outline(segmentation, size):
+    """Run lengths of a `segmentation` as bytes, or None where it is not valid."""
+    try:
+        return run_lengths.from_coco(segmentation, size)
+    except ValueError:
+        return None
+
+
+def segmentations(columns):
+    """Masks as pycocotools takes them, a list of dicts."""
+    sizes = zip(columns["height"].tolist(), columns["width"].tolist(), strict=True)
+    return [run_lengths.as_coco(counts, size) for counts, size in zip(columns["counts"], sizes, strict=True)]
+
+
+def areas(columns):
+    """float64 [M], pixels of each mask."""
+    return np.array([coco_masks.area(runs) for runs in segmentations(columns)], dtype=np.float64)
 
 
 def chosen(columns, rows):
@@ -99,13 +166,13 @@ def as_dicts(columns):
     return [dict(zip(columns, row)) for row in zip(*(column.tolist() for column in columns.values()))]
 
 
-def twelve(truth, found, category_ids):
-    """pycocotools' stats, 12 floats, of two dicts of columns."""
+def twelve(truth, found, category_ids, kind="bbox"):
+    """pycocotools' stats, 12 floats, of two dicts of columns; kind: bbox or segm."""
     scorer = None
     precision, recall = [], []
     for category in np.intersect1d(category_ids, truth["category_id"]):  # the others have no AP
         some = [chosen(columns, columns["category_id"] == category) for columns in (truth, found)]
-        scorer = scored(*some, category)
+        scorer = scored(*some, category, kind)
         precision.append(scorer.eval["precision"])
         recall.append(scorer.eval["recall"])
     if scorer is None:
@@ -116,20 +183,23 @@ def twelve(truth, found, category_ids):
     return [float(value) for value in scorer.stats]
 
 
-def scored(truth, found, category):
-    """pycocotools' COCOeval after `accumulate` for the boxes of one category."""
+def scored(truth, found, category, kind):
+    """pycocotools' COCOeval after `accumulate` for the boxes or masks of one category."""
     images = np.union1d(truth["image_id"], found["image_id"]).tolist()
-    found = found | {"area": found["bbox"][:, 2:].prod(1)}
+    found = found | {"area": areas(found) if kind == "segm" else found["bbox"][:, 2:].prod(1)}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every turn
         sets = [COCO(), COCO()]
         for coco, columns in zip(sets, (truth, found), strict=True):
             rows = as_dicts(columns)
             for number, row in enumerate(rows, 1):  # pycocotools takes id 0 for "no box"
                 row["id"] = number
-            coco.dataset = {"images": [{"id": image} for image in images], "annotations": rows}
+            for row, runs in zip(rows, segmentations(columns) if kind == "segm" else ()):
+                row["segmentation"] = runs
+            # it asks for a picture's size before it sees that a mask needs none
+            coco.dataset = {"images": [{"id": image, "height": 0, "width": 0} for image in images], "annotations": rows}
             coco.dataset["categories"] = [{"id": int(category)}]
             coco.createIndex()
-        scorer = COCOeval(*sets, "bbox")
+        scorer = COCOeval(*sets, kind)
         scorer.evaluate()
         scorer.accumulate()
     return scorer

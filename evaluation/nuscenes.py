@@ -33,6 +33,8 @@ GROUPS = (*(VEHICLE,) * 5, PEDESTRIAN, CYCLE, CYCLE, NO_GROUP, NO_GROUP)  # of e
 MEASURES = ("NDS", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE")
 ERRORS = {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE": "vel_err", "mAAE": "attr_err"}
 SAMPLES = {"train": 28130, "val": 6019, "test": 6008, "mini_train": 323, "mini_val": 81}  # of the official splits
+BINS = (1, 1, -1, 1) * 2  # of a rotation head: pi - alpha lies in the same bin, as far on the other side of its middle
+MIRROR = {"rot": BINS, "rot_sec": BINS, "velocity": (-1, 1, 1)}  # factors of a head's channels in the mirror image
 MOST_BOXES = 500  # a sample, set by nuScenes
 SMALLEST = 0.01  # metres: the score asks for sizes above 0
 # what is kept: name -> (type, numbers a row); of pictures, and of boxes in the global frame
@@ -75,6 +77,22 @@ def decode(outputs, targets, stride=4, count=100, suppress=True):
     return [{name: value[i] for name, value in found.items()} for i in range(len(scores))]
 
 
+def flip_averaged(outputs, turned):
+    """Raw heads of pictures and of their mirror images, by name, each [B,C,h,w] -> the means of both, for `decode`.
+
+    Everything is mirrored back first: offsets within a cell, angles, velocities. hm is averaged as a probability.
+    """
+    means = {}
+    for name, maps in outputs.items():
+        maps, back = maps.float(), turned[name].flip(-1).float()
+        if name in ("reg", "amodel_offset"):  # x within the cell
+            back = torch.cat([1 - back[:, :1], back[:, 1:]], dim=1)
+        elif name in MIRROR:
+            back = back * back.new_tensor(MIRROR[name])[:, None, None]
+        means[name] = ((maps.sigmoid() + back.sigmoid()) / 2).logit(1e-6) if name == "hm" else (maps + back) / 2
+    return means
+
+
 def inverse(affine):
     """The inverse of affine maps [...,2,3]."""
     turn = torch.linalg.inv(affine[..., :2])
@@ -109,6 +127,13 @@ def truth(target):
     names = ("labels", "center", "dims", "yaw", "velocity", "attribute", "boxes")
     found = {name: target[name][counts] for name in names}
     return found | {"velocity": found["velocity"].nan_to_num(), "scores": torch.ones(int(counts.sum()))}
+
+
+def score_truth(evaluator, targets):
+    """The metrics of `targets` scored as if they were detections: what is below perfect is in the data or the score."""
+    for target in targets:
+        evaluator.update([target], [truth(target)])
+    return evaluator.compute()
 
 
 def to_global(detection, target):

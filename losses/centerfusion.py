@@ -8,11 +8,14 @@ B batch, N the most objects of a picture in the batch, K classes, h and w of the
 cells of those maps, depth and sizes of objects in metres, velocities in m/s in the camera frame.
 """
 
+import functools
+
 import torch
 from torch.nn import functional as F
 
 from ops.geometry import depth_of
 from ops.heatmap import cover, gather, radius, splat
+from ops.radar import associate
 from ops.rotation import encode
 
 WEIGHTS = {"hm": 1.0, "reg": 1.0, "wh": 0.1, "dep": 1.0, "dep_sec": 1.0, "rot": 1.0, "rot_sec": 1.0, "dim": 1.0}
@@ -106,6 +109,13 @@ def heatmaps(boxes, cell, label, mask, ignored, shape, roots, device):
     return hm.view(shape)
 
 
+def association(goals, radar_map, calib, threshold, max_distance):
+    """Radar handed to the true boxes, what the second stage sees in training: [B,3,h,w]. See ops.radar.associate."""
+    found = goals["dep"][..., 0], goals["dim"], goals["alpha"], goals["boxes"][..., ::2].mean(-1), calib
+    limits = {"threshold": threshold, "max_distance": max_distance, "valid": goals["mask"]}
+    return associate(radar_map, goals["boxes"], *found, **limits)
+
+
 def attributes(attribute, mask):
     """attribute and attribute_mask of `assign` for attribute int64 [B,N], -1 where unknown."""
     groups = attribute.new_tensor(GROUP_OF)
@@ -125,65 +135,74 @@ def count(goals):
     return torch.stack([each.sum() for each in counted]).float()
 
 
-def loss(outputs, goals, counts, weights=WEIGHTS):
+def loss(outputs, goals, counts, weights=WEIGHTS, class_weights=None):
     """{head: []}: the loss of each head in `outputs` that `weights` names, times its weight.
 
-    outputs  the network's raw heads by name, each [B,C,h,w]
-    goals    of `assign`
-    counts   float [5] of `count`, averaged over processes, each above 0
+    outputs        the network's raw heads by name, each [B,C,h,w]
+    goals          of `assign`
+    counts         float [5] of `count`, averaged over processes, each above 0
+    class_weights  [K] of the classes in the heatmap's loss; None: each counts once
 
     Sums over the batch divided by counts; L1 terms are means over a head's coordinates, as in the source. In float32
     whatever the outputs are; finite and connected to every head also where no picture holds an object.
     """
-    counts = dict(zip(COUNTS, counts.unbind(), strict=True))
-    criteria = {"hm": heatmap_loss, "rot": rotation_loss, "rot_sec": rotation_loss, "nuscenes_att": attribute_loss}
-    losses = {}
-    for head in outputs.keys() & weights.keys():
-        criterion = criteria.get(head)
-        if criterion is None:
-            value = distance_loss(head, outputs[head], goals, counts)
-        else:
-            value = criterion(outputs[head], goals, counts)
-        losses[head] = weights[head] * value
-    return {head: losses[head] for head in weights if head in losses}
+    return {head: (terms / counts).sum() for head, terms in sums(outputs, goals, weights, class_weights).items()}
 
 
-def heatmap_loss(hm, goals, counts):
+def sums(outputs, goals, weights=WEIGHTS, class_weights=None):
+    """{head: float32 [5]}: what of each head's `loss` is to be divided by each of COUNTS, before it is.
+
+    An evaluation adds these up, and the counts, over all its batches.
+    """
+    criteria = {"rot": rotation_sums, "rot_sec": rotation_sums, "nuscenes_att": attribute_sums}
+    criteria["hm"] = functools.partial(heatmap_sums, class_weights=class_weights)
+    found = {}
+    for head in weights:
+        if head in outputs:
+            criterion = criteria.get(head) or functools.partial(distance_sums, head)
+            terms = criterion(outputs[head], goals)
+            nothing = goals["hm"].new_zeros(())
+            found[head] = weights[head] * torch.stack([terms.get(name, nothing) for name in COUNTS])
+    return found
+
+
+def heatmap_sums(hm, goals, class_weights=None):
     """CornerNet's focal loss: an object's cell costs (1 - p)^2 -log p, all others (1 - goal)^4 p^2 -log(1 - p)."""
     raw = hm.float()
     p = raw.sigmoid()
-    background = ((1 - goals["hm"]).pow(4) * p * p * F.softplus(raw)).sum()
+    background = ((1 - goals["hm"]).pow(4) * p * p * F.softplus(raw)).sum((0, 2, 3))  # [K]
     cells = raw.shape[2] * raw.shape[3]
     at = goals["label"] * cells + goals["index"]  # [B,N]
     own = raw.flatten(1).gather(1, at)
-    objects = ((own.sigmoid() - 1).square() * F.softplus(-own) * goals["mask"]).sum()
-    return (objects + background) / counts["objects"]
+    objects = (own.sigmoid() - 1).square() * F.softplus(-own) * goals["mask"]  # [B,N]
+    if class_weights is not None:
+        objects, background = objects * class_weights[goals["label"]], background * class_weights
+    return {"objects": objects.sum() + background.sum()}
 
 
-def distance_loss(head, output, goals, counts):
+def distance_sums(head, output, goals):
     """Mean L1 over coordinates of reg, wh, dep, dep_sec, dim, amodel_offset and velocity."""
     said = gather(output, goals["index"]).float()  # [B,N,C]
     said = depth_of(said) if head in ("dep", "dep_sec") else said
     goal = goals["dep" if head == "dep_sec" else head]
     mask, number = ("velocity_mask", "velocities") if head == "velocity" else ("mask", "objects")
     difference = torch.where(goals[mask][..., None], (said - goal).abs(), 0)
-    return difference.sum() / (counts[number] * said.shape[-1])
+    return {number: difference.sum() / said.shape[-1]}
 
 
-def rotation_loss(output, goals, counts):
+def rotation_sums(output, goals):
     """Two bins, each in or out by cross entropy; where in, smooth L1 of the residual's sine and cosine."""
     said = gather(output, goals["index"]).float().unflatten(-1, (2, 4))  # [B,N,bin,(out, in, sin, cos)]
     bins, residuals, mask = goals["bins"], goals["residuals"], goals["mask"][..., None]
     entropy = F.cross_entropy(said[..., :2].flatten(0, 2), bins.flatten(), reduction="none").view_as(bins)
-    total = torch.where(mask, entropy, 0).sum() / counts["objects"]
     goal = torch.stack([residuals.sin(), residuals.cos()], dim=-1)
     difference = F.smooth_l1_loss(said[..., 2:], goal, reduction="none").sum(-1)  # [B,N,bin]
     first, second = torch.where(mask & (bins > 0), difference, 0).sum((0, 1)).unbind()
-    return total + first / counts["first_bin"] + second / counts["second_bin"]
+    return {"objects": torch.where(mask, entropy, 0).sum(), "first_bin": first, "second_bin": second}
 
 
-def attribute_loss(output, goals, counts):
+def attribute_sums(output, goals):
     """Binary cross entropy, mean over the attributes of each object's class group."""
     said = gather(output, goals["index"]).float()  # [B,N,8]
     entropy = F.binary_cross_entropy_with_logits(said, goals["attribute"], reduction="none")
-    return torch.where(goals["attribute_mask"], entropy, 0).sum() / counts["attributes"]
+    return {"attributes": torch.where(goals["attribute_mask"], entropy, 0).sum()}

@@ -1,7 +1,8 @@
 """CenterFusion (Nabati and Qi 2021): 3D boxes from a camera picture and radar, under the names of the published file.
 
 A first stage finds centres, sizes, depths and angles in the picture; radar returns are handed to what it found, and a
-second stage answers depth and angle again, velocity and attribute. Deformable convolutions are torchvision's.
+second stage answers depth and angle again, velocity and attribute. Deformable convolutions are torchvision's. The
+ResNets, which have no published weights, are for small machines: plain convolutions in the place of deformable ones.
 
 B pictures, h, w the size of the maps: a quarter of the picture's.
 """
@@ -20,7 +21,7 @@ from ops import radar as frustum
 
 CHANNELS = 64  # of the maps that the heads see
 RADAR_CHANNELS = 3  # depth, vx, vz
-WIDTH = 256  # of the heads
+WIDTH, SMALL_WIDTH = 256, 64  # of the heads on DLA-34 and on a ResNet, as CenterNet has them
 HEAT_BIAS = -4.6  # score of every class at the start: 0.01
 FIRST_STAGE = {"reg": 2, "wh": 2, "dep": 1, "rot": 8, "dim": 3, "amodel_offset": 2}
 SECOND_STAGE = {"dep_sec": 1, "rot_sec": 8}
@@ -70,6 +71,13 @@ class DeformableNorm(nn.Module):
         return self.conv(x, scale, norm.bias - norm.running_mean * scale).relu_()
 
 
+def plain(inputs, outputs):
+    """Convolution, batch norm, ReLU: the ResNets' place of DeformableNorm, whose gradient takes a CPU five times longer
+    than all the rest of a step."""
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
 class Upsample(nn.ConvTranspose2d):
     """Each channel by itself to `factor` times the size; bilinear at the start."""
 
@@ -84,14 +92,15 @@ class Merge(nn.Module):
     """Maps from fine to coarse become maps of `channels` and of the first one's size, each added to the one before.
 
     inputs, factors: channels of the maps, and how much coarser than the first each of them is.
+    block: DeformableNorm or `plain`.
     """
 
-    def __init__(self, channels, inputs, factors):
+    def __init__(self, channels, inputs, factors, block):
         super().__init__()
         for i in range(1, len(inputs)):
-            self.add_module(f"proj_{i}", DeformableNorm(inputs[i], channels))
+            self.add_module(f"proj_{i}", block(inputs[i], channels))
             self.add_module(f"up_{i}", Upsample(channels, factors[i]))
-            self.add_module(f"node_{i}", DeformableNorm(channels, channels))
+            self.add_module(f"node_{i}", block(channels, channels))
 
     def forward(self, maps):
         merged = [maps[0]]
@@ -104,11 +113,11 @@ class Merge(nn.Module):
 class Aggregate(nn.Module):
     """The maps of stride 4 to 32 -> as many of the same channels and sizes, each having seen all the coarser ones."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, block):
         super().__init__()
         inputs, factors = list(channels), [2**i for i in range(len(channels))]
         for i, j in enumerate(range(len(channels) - 2, -1, -1)):
-            self.add_module(f"ida_{i}", Merge(channels[j], inputs[j:], [f // factors[j] for f in factors[j:]]))
+            self.add_module(f"ida_{i}", Merge(channels[j], inputs[j:], [f // factors[j] for f in factors[j:]], block))
             inputs[j + 1 :] = [channels[j]] * (len(channels) - j - 1)
             factors[j + 1 :] = [factors[j]] * (len(channels) - j - 1)
 
@@ -121,12 +130,12 @@ class Aggregate(nn.Module):
         return found
 
 
-def head(inputs, outputs, hidden):
+def head(inputs, outputs, hidden, width):
     """A 3x3 convolution, hidden - 1 of 1x1, each with a ReLU, and one to `outputs` numbers a cell."""
-    parts = [nn.Conv2d(inputs, WIDTH, 3, padding=1), nn.ReLU(inplace=True)]
+    parts = [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(inplace=True)]
     for _ in range(hidden - 1):
-        parts += [nn.Conv2d(WIDTH, WIDTH, 1), nn.ReLU(inplace=True)]
-    parts.append(nn.Conv2d(WIDTH, outputs, 1))
+        parts += [nn.Conv2d(width, width, 1), nn.ReLU(inplace=True)]
+    parts.append(nn.Conv2d(width, outputs, 1))
     for part in parts:
         if isinstance(part, nn.Conv2d):
             nn.init.zeros_(part.bias)
@@ -137,6 +146,8 @@ class CenterFusion(nn.Module):
     """Pictures whose sides are multiples of 32, blue first; 448 x 800 as published.
 
     name, body    its name, and what gives maps of stride 4 to 32
+    block         what its upsampling is made of: DeformableNorm or `plain`
+    width         channels within the heads
     radar         false: a network of the camera alone, velocity and attribute from its first stage
     threshold     how far from a box's depth its radar may lie: "published" or "paper" (see ops.radar)
     max_distance  of radar, metres; the second stage sees depth in parts of it
@@ -145,7 +156,7 @@ class CenterFusion(nn.Module):
     channels = "bgr"
     image_mean, image_std = MEAN, STD
 
-    def __init__(self, name, body, num_classes, radar, threshold, max_distance):
+    def __init__(self, name, body, block, width, num_classes, radar, threshold, max_distance):
         super().__init__()
         if threshold not in frustum.THRESHOLDS:
             raise WeightsError(f"no threshold called {threshold!r}; there are {', '.join(frustum.THRESHOLDS)}")
@@ -156,15 +167,15 @@ class CenterFusion(nn.Module):
         first = {"hm": num_classes, **FIRST_STAGE, **({} if radar else RADAR_HEADS)}
         second = {**SECOND_STAGE, **RADAR_HEADS} if radar else {}
         for output, count in first.items():
-            self.add_module(output, head(CHANNELS, count, hidden=1))
+            self.add_module(output, head(CHANNELS, count, 1, width))
         for output, count in second.items():
-            self.add_module(output, head(CHANNELS + RADAR_CHANNELS, count, hidden=3))
+            self.add_module(output, head(CHANNELS + RADAR_CHANNELS, count, 3, width))
         nn.init.constant_(self.hm[-1].bias, HEAT_BIAS)
         self.first_stage, self.second_stage = tuple(first), tuple(second)
         self.base = body
         channels = body.channels[-4:]
-        self.dla_up = Aggregate(channels)
-        self.ida_up = Merge(CHANNELS, channels[:3], (1, 2, 4))
+        self.dla_up = Aggregate(channels, block)
+        self.ida_up = Merge(CHANNELS, channels[:3], (1, 2, 4), block)
 
     def forward(self, images, radar_map=None, calib=None, association=None):
         """Normalised images [B,3,H,W] -> raw heads by name, each [B,C,h,w].
@@ -195,12 +206,13 @@ class CenterFusion(nn.Module):
 
 
 def on_dla34(num_classes, radar=True, threshold="published", max_distance=60.0):
-    return CenterFusion("centerfusion_dla34", DLA34(), num_classes, radar, threshold, max_distance)
+    parts = ("centerfusion_dla34", DLA34(), DeformableNorm, WIDTH)
+    return CenterFusion(*parts, num_classes, radar, threshold, max_distance)
 
 
 def on_resnet(depth, num_classes, radar=True, threshold="published", max_distance=60.0):
-    body = resnet.body(depth)
-    return CenterFusion(f"centerfusion_resnet{depth}", body, num_classes, radar, threshold, max_distance)
+    parts = (f"centerfusion_resnet{depth}", resnet.body(depth), plain, SMALL_WIDTH)
+    return CenterFusion(*parts, num_classes, radar, threshold, max_distance)
 
 
 NETWORKS = {

@@ -9,8 +9,8 @@ from models.weights import family_of, load_strictly, open_weights
 # A family is known by names that no other has; of the ResNets the first that fits.
 FAMILIES = {
     "centerfusion_dla34": ("dla_up.ida_0.proj_1.conv.weight", "base.level5.root.conv.weight"),
-    "centerfusion_resnet34": ("dla_up.ida_0.proj_1.conv.weight", "base.layer3.5.conv2.weight"),
-    "centerfusion_resnet18": ("dla_up.ida_0.proj_1.conv.weight", "base.layer4.1.conv2.weight"),
+    "centerfusion_resnet34": ("dla_up.ida_0.proj_1.0.weight", "base.layer3.5.conv2.weight"),
+    "centerfusion_resnet18": ("dla_up.ida_0.proj_1.0.weight", "base.layer4.1.conv2.weight"),
 }
 CLASSES = [
     "car",

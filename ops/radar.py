@@ -40,6 +40,12 @@ def pillars(radar, calib, affine, size=(112, 200), stride=4, dims=(1.5, 0.2, 0.2
     return paint(areas[None], radar[None, shown, 2:5], size)[0]
 
 
+def maps(targets, size, device, stride=4, dims=(1.5, 0.2, 0.2)):
+    """The radar maps of a batch, [B,3,h,w] on `device`: `pillars` of the radar, calib and affine of each target."""
+    rows = [[target[name].to(device) for name in ("radar", "calib", "affine")] for target in targets]
+    return torch.stack([pillars(*row, size, stride, dims) for row in rows])
+
+
 @torch.no_grad()
 def associate(
     radar_map, boxes, depth, dims, alpha, x, calib, threshold="published", area=0.3, max_distance=60.0, valid=None
@@ -114,15 +120,17 @@ def runs_of(radar_map):
     A run is cells of one column, one above the other, of the same values: all of a pillar's column, and many times
     fewer than cells. R is the most of a picture, at least 1, and padding has depth 0.
     """
-    held = radar_map[:, 0] > 0
-    other = (radar_map[:, :, 1:] != radar_map[:, :, :-1]).any(1)  # [B,h-1,w]: a cell is not as the one above it
-    border = torch.ones_like(held[:, :1])
-    picture, column, first = (held & torch.cat([border, other], 1)).mT.nonzero(as_tuple=True)
-    last = (held & torch.cat([other, border], 1)).mT.nonzero()[:, 2]  # runs end in the order in which they begin
+    picture, column, row = (radar_map[:, 0] > 0).mT.nonzero(as_tuple=True)  # column after column
+    values = radar_map[picture, :, row, column]
+    begins = torch.ones_like(row, dtype=torch.bool)
+    begins[1:] = (column.diff() != 0) | (row.diff() != 1) | (picture.diff() != 0) | (values.diff(dim=0) != 0).any(1)
+    start = begins.nonzero()[:, 0]
+    end = torch.cat([start, start.new_tensor([len(row)])])[1:]
+    first, last = row[start], row[end - 1]
+    picture, column, values = picture[start], column[start], values[start]
     counts = picture.bincount(minlength=len(radar_map))
     place = torch.arange(len(picture), device=picture.device) - (counts.cumsum(0) - counts)[picture]
     runs = radar_map.new_zeros(len(radar_map), max(1, int(counts.max())), 6)
-    values = radar_map[picture, :, first, column]
     runs[picture, place] = torch.cat([values, torch.stack([column, first, last], 1).to(values.dtype)], 1)
     return runs[..., :3], *runs[..., 3:].unbind(-1)
 

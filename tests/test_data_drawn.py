@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import drawn, scenes
+from data import drawn, scene_files, scenes
 from data.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +131,7 @@ def decoded(segmentation):
 def test_pycocotools_reads_the_masks():
     mask_tools = pytest.importorskip("pycocotools.mask")
     for mask in (np.zeros((4, 5), bool), np.ones((4, 5), bool), np.eye(4, 5, dtype=bool)):
-        rle = drawn.run_lengths(mask)
+        rle = scene_files.run_lengths(mask)
         np.testing.assert_array_equal(decoded(rle), mask)
         np.testing.assert_array_equal(mask_tools.decode(mask_tools.frPyObjects(rle, 4, 5)).astype(bool), mask)
 

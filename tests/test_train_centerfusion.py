@@ -1,6 +1,7 @@
 """train_centerfusion.py as a person runs it, on a drawn world small enough for seconds."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import models
 import train_centerfusion
-from data import DataError, drawn
+from data import DataError, drawn, nuscenes_radar
 from losses import centerfusion
 from tests.scripts import fingerprint, last_line, launch, tensors
 from training import checkpoints
+from training.flags import UsageError
 
 SMALL = ["--version", "v1.0-mini", "--train_split", "mini_train", "--val_split", "mini_val", "--arch", "resnet18"]
 SMALL += ["--input-size", "64", "128", "--batch-size", "2", "--workers", "0", "--device", "cpu", "--precision", "fp32"]
@@ -102,3 +104,54 @@ def test_a_real_key_frame_trains(shared, tmp_path):
 def test_a_folder_without_tables_is_told(tmp_path):
     with pytest.raises(DataError, match=r"v1\.0-mini"):
         train(tmp_path, tmp_path / "run")
+
+
+def test_the_flip_test_and_weighted_classes_change_what_they_should(world, tmp_path):
+    """The mirror image changes the boxes found, not the losses; a class that weighs more costs more."""
+    train(world, tmp_path / "run", "--pointcloud", "--max-steps", 1)
+    again = ["--pointcloud", "--eval-only", "--resume", tmp_path / "run" / "last.pt"]
+    found = []
+    for more in ([], ["--flip_test"], ["--class-weights", "car=3"]):
+        metrics = train(world, tmp_path / "run", *again, *more)
+        found.append((metrics, (tmp_path / "run" / "submission.json").read_text()))
+    (plain, boxes), (flipped, other_boxes), (weighted, same_boxes) = found
+    assert flipped == plain and other_boxes != boxes
+    assert weighted["hm"] > plain["hm"] and weighted["dep"] == plain["dep"] and same_boxes == boxes
+
+
+def test_preflight_tells_the_memory_and_trains_nothing(world, tmp_path, capsys):
+    assert train(world, tmp_path, "--pointcloud", "--preflight", "--accumulate", 2) == {}
+    assert "memory" in capsys.readouterr().out and not (tmp_path / "last.pt").exists()
+
+
+def test_every_fault_is_listed_or_skipped(world, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(world, data)
+    picture = min((data / "samples/CAM_BACK").iterdir())
+    picture.write_bytes(b"no picture")
+    sweep = min((data / "samples/RADAR_FRONT").iterdir())
+    sweep.unlink()
+    with pytest.raises(DataError, match="2 faults"):
+        train(data, tmp_path / "run", "--pointcloud", "--check-data")
+    faults = json.loads((tmp_path / "run" / "data_faults.json").read_text())["faults"]
+    assert sorted(fault["path"] for fault in faults) == sorted(map(str, (picture, sweep)))
+    capsys.readouterr()
+    train(data, tmp_path / "run", "--pointcloud", "--bad-images", "skip", "--skip-missing", "--max-steps", 1)
+    assert f"{picture}" in capsys.readouterr().out
+
+
+def test_rare_classes_come_up_more_often(world, tmp_path):
+    dataset = nuscenes_radar.load(world, "v1.0-mini", "mini_train", sweeps=0)
+    weights = dataset.balance_weights()
+    labels = [dataset.annotation(i)["labels"].tolist() for i in range(len(dataset))]
+    having = [sum(label in each for each in labels) for label in range(10)]
+    rarest = min(range(10), key=lambda label: having[label] or 99)
+    assert weights.sum() == pytest.approx(1)
+    assert {weights[i] for i, each in enumerate(labels) if rarest in each} == {weights.max()}
+    train(world, tmp_path, "--balance-data", "--max-steps", 1)
+
+
+@pytest.mark.parametrize("size", [(100, 128), (64, 0)])
+def test_an_input_size_that_does_not_fit_is_told(world, tmp_path, size):
+    with pytest.raises(UsageError, match="multiples of 32"):
+        train(world, tmp_path, "--input-size", *size)
