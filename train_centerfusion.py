@@ -5,7 +5,6 @@
     torchrun --nproc-per-node 8 train_centerfusion.py --data data/nuscenes --pointcloud --velocity --nuscenes_att
 
 The flags are those of its source (mrnabati/CenterFusion). Published, not reproduced by us: val NDS 0.453, mAP 0.332.
-The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl, submission.json and what TensorBoard reads.
 """
 
 import argparse
@@ -21,8 +20,7 @@ from evaluation import nuscenes
 from losses import assignment, centerfusion
 from models import WeightsError, published
 from ops.geometry import apply_affine, project, seen
-from ops.images import normalize
-from ops.radar import maps
+from ops.radar import inputs
 from training import checkpoints, devices, flags, log, optimizers, pictures3d, schedule
 from training.modes import train_mode
 
@@ -33,9 +31,7 @@ STRIDE = 4  # input pixels a cell of the output maps
 def parse_args(argv):
     parser = argparse.ArgumentParser("train_centerfusion.py", USAGE, __doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument("task", nargs="?", choices=("ddd",), default="ddd", help="3D detection, the only task")
-    parser.add_argument(
-        "--exp_id", default="", metavar="NAME", help="run folder runs/NAME, if --model-dir is not given"
-    )
+    parser.add_argument("--exp_id", default="", metavar="NAME", help="run folder runs/NAME, without --model-dir")
     arg = parser.add_argument_group("data").add_argument
     arg("--data", "--dataset-root", dest="data", default="data/nuscenes", help="folder with v1.0-*/, samples/, sweeps/")
     arg("--version", default="v1.0-trainval", help="folder of the tables")
@@ -75,50 +71,41 @@ def parse_args(argv):
     arg("--flip_test", action="store_true", help="validate on the mean over a picture and its mirror image")
     flags.add_run_arguments(parser)
     flags.add_data_arguments(parser)
-    parser.set_defaults(model_dir="", batch_size=32, epochs=60, optimizer="adam", weight_decay=0.0, workers=4)
-    parser.set_defaults(milestones="50")
+    source = {"batch_size": 32, "epochs": 60, "optimizer": "adam", "weight_decay": 0.0, "workers": 4}
+    parser.set_defaults(model_dir="", milestones="50", **source)
     return flags.parse(parser, argv)
 
 
-def inputs_of(net, images, targets, args, device):
-    """(normalised images, radar map or None, calib) of a batch on the device."""
-    images = images.to(device, non_blocking=True).flip(1)  # blue first, as the published weights have it
-    calib = torch.stack([target["calib"] for target in targets]).to(device)
-    size = [side // STRIDE for side in images.shape[-2:]]
-    radar_map = maps(targets, size, device, STRIDE, args.pillar_dims) if args.pointcloud else None
-    return normalize(images, net.image_mean, net.image_std), radar_map, calib
-
-
 @torch.no_grad()
-def evaluate(net, batches, run, args, assign, sums_of, evaluator=None, keep=0):
-    """Losses and, with an evaluator, the official scores -> (metrics, [(image, target, found)] to look at).
+def evaluate(net, batches, run, args, inputs_of, assign, sums_of, evaluator=None, out=None, keep=0):
+    """Losses and, with an evaluator, OUT/submission.json and its score -> (metrics, [(image, target, found)] to see).
 
     Radar is handed to the network's own peaks, as in use. Batch norm statistics stay untouched. Every process takes
     its share of the pictures, all get the same metrics. keep: the first so many pictures with objects come back.
     """
     net.eval()
-    sums, totals, kept = {}, torch.zeros(len(centerfusion.COUNTS), dtype=torch.float64), []
+    totals, kept = torch.zeros(len(centerfusion.COUNTS), dtype=torch.float64), []
+    sums = {head: torch.zeros_like(totals) for head in centerfusion.WEIGHTS if hasattr(net, head)}
     for images, targets in batches:
-        batch = inputs_of(net, images, targets, args, run.device)
         with run.autocast():
-            outputs = net(*batch)
+            outputs = net(*inputs_of(images, targets))
         goals = assign(targets, run.device)
         for head, terms in sums_of(outputs, goals).items():
-            sums[head] = sums.get(head, 0) + terms.double().cpu()
+            sums[head] += terms.double().cpu()
         totals += centerfusion.count(goals).double().cpu()
         if args.flip_test:
             turned = [nuscenes_transforms.mirrored(target, images.shape[-1]) for target in targets]
-            batch = inputs_of(net, images.flip(-1), turned, args, run.device)
             with run.autocast():
-                outputs = nuscenes.flip_averaged(outputs, net(*batch))
+                outputs = nuscenes.flip_averaged(outputs, net(*inputs_of(images.flip(-1), turned)))
         found = nuscenes.decode(outputs, targets, STRIDE)
-        samples = [sample for sample in zip(images, targets, found) if len(sample[1]["labels"])]
-        kept += samples[: keep - len(kept)]
+        kept += [sample for sample in zip(images, targets, found) if len(sample[1]["labels"])][: keep - len(kept)]
         if evaluator is not None:
             evaluator.update(targets, found)
     totals = run.mean(totals).clamp(min=1 / run.world)
     losses = {head: float((run.mean(terms) / totals).sum()) for head, terms in sums.items()}
     official = evaluator.compute(run.gather, run.is_main) if evaluator else {}
+    if evaluator and run.is_main:
+        evaluator.write(out / "submission.json")
     return {"loss": sum(losses.values()), **losses, **official}, kept
 
 
@@ -126,10 +113,10 @@ def log_pictures(logger, step, kept, surest=0.3):
     """Truth over predictions on the camera's picture, with radar, and both from above, for TensorBoard."""
     for number, (image, target, found) in enumerate(kept):
         sure = found["scores"] > surest
-        found, views, solids = {name: value[sure].cpu() for name, value in found.items()}, [], []
+        both = target, {name: value[sure].cpu() for name, value in found.items()}
         points, distances = project(target["radar"][:, :3], target["calib"])
-        points = apply_affine(points, target["affine"])
-        for boxes in (target, found):
+        points, views, solids = apply_affine(points, target["affine"]), [], []
+        for boxes in both:
             solid, pixels, depth = seen(boxes, target["calib"], target["affine"])
             views.append(pictures3d.on_camera(image, pixels, depth, boxes["labels"], points, distances))
             solids.append({**boxes, "corners": solid})
@@ -137,18 +124,16 @@ def log_pictures(logger, step, kept, surest=0.3):
         logger.images(f"From above, truth green/{number}", pictures3d.from_above(*solids, target["radar"]), step)
 
 
-def preflight(net, train_set, args, run, assign, sums_of):
+def preflight(net, train_set, args, run, inputs_of, assign, sums_of):
     """A batch of the fullest key frames forward, backward and through evaluation, then the peaks of memory."""
     images, targets = loader.collate([train_set[i] for i in train_set.fullest(args.batch_size)])
-    pixels, radar_map, calib = inputs_of(net, images, targets, args, run.device)
-    goals = assign(targets, run.device)
-    if args.pointcloud:
-        goals["radar"] = centerfusion.association(goals, radar_map, calib, args.frustum, args.max_pc_dist)
+    pixels, radar_map, calib = inputs_of(images, targets)
+    goals = assign(targets, run.device, radar_map, calib)
     for part, part_goals in assignment.pieces(args.accumulate, pixels, goals):
         with run.autocast():
             outputs = net(part, association=part_goals.get("radar"))
         torch.stack([terms.sum() for terms in sums_of(outputs, part_goals).values()]).sum().backward()
-    evaluate(net, [(images, targets)], run, args, assign, sums_of)
+    evaluate(net, [(images, targets)], run, args, inputs_of, assign, sums_of)
     run.say(devices.memory_peaks(run, args.workers, images.nbytes))
     return {}
 
@@ -172,33 +157,35 @@ def main(argv=None):
     read = functools.partial(nuscenes_radar.load, args.data, args.version, **tables)
     train_set, val_set = read(args.train_split), read(args.val_split)
     if args.check_data:
-        faults = train_set.faults() + val_set.faults()
-        return check.check_data(train_set, val_set, faults, args.workers, out / "data_faults.json", run.say)
+        found = (train_set.faults() + val_set.faults(), args.workers, out / "data_faults.json", run.say)
+        return check.check_data(train_set, val_set, *found)
     if args.bad_images == "skip":
         train_set, val_set = (check.skip_unreadable(each, args.workers, run.say) for each in (train_set, val_set))
     run.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
 
     # network
-    arguments = {"radar": args.pointcloud, "threshold": args.frustum, "max_distance": args.max_pc_dist}
-    net = models.build(f"centerfusion_{args.arch}", len(train_set.classes), **arguments)
+    limits = {"threshold": args.frustum, "max_distance": args.max_pc_dist}
+    net = models.build(f"centerfusion_{args.arch}", len(train_set.classes), radar=args.pointcloud, **limits)
     net.classes, size = list(train_set.classes), tuple(args.input_size)
     if not saved:
         published.begin_centerfusion(net, args.load_model, run.say)
     net.to(run.device, memory_format=torch.channels_last)
     train_set.transform = nuscenes_transforms.train(size, args.flip, args.shift, args.scale, args.colour)
     val_set.transform = nuscenes_transforms.evaluate(size)
-    pin = run.device.type == "cuda"
-    val_batches = loader.evaluation_loader(val_set, batch, args.workers, run.rank, run.world, pin)
+    share, pin = (run.rank, run.world), run.device.type == "cuda"
+    val_batches = loader.evaluation_loader(val_set, batch, args.workers, *share, pin)
 
     # loss
-    cells = (size[0] // STRIDE, size[1] // STRIDE)
-    assign = functools.partial(centerfusion.assign, size=cells, stride=STRIDE, num_classes=net.num_classes)
-    asked = {"velocity": float(args.velocity), "nuscenes_att": float(args.nuscenes_att)}  # 0: the head stays as it is
+    maps = {"size": [side // STRIDE for side in size], "stride": STRIDE, "num_classes": net.num_classes}
+    assign = functools.partial(centerfusion.assign, **maps, **limits)
+    asked = {"velocity": args.velocity, "nuscenes_att": args.nuscenes_att}  # 0: the head stays as it is
     class_weights = classes.class_weights(args.class_weights, net.classes)
-    class_weights = class_weights and torch.tensor(class_weights[1:], device=run.device)  # no background here
+    class_weights = class_weights and torch.tensor(class_weights[1:], device=run.device)
     weights = {"weights": centerfusion.WEIGHTS | asked, "class_weights": class_weights}
     criterion = functools.partial(centerfusion.loss, **weights)
-    sums = functools.partial(centerfusion.sums, **weights)  # what the evaluation adds up
+    how = {"mean": net.image_mean, "std": net.image_std, "device": run.device, "dims": args.pillar_dims}
+    inputs_of = functools.partial(inputs, radar=args.pointcloud, stride=STRIDE, **how)
+    steps_of = (inputs_of, assign, functools.partial(centerfusion.sums, **weights))  # what the evaluation adds up
 
     # optimiser
     frozen = net.stages() if args.freeze_backbone else []
@@ -228,16 +215,13 @@ def main(argv=None):
     split = (args.data, args.version, args.val_split, ("camera", "radar") if args.pointcloud else ("camera",))
     scorer = functools.partial(nuscenes.NuScenesEvaluator, *split, say=run.say)
     if args.preflight:
-        return preflight(net, train_set, args, run, assign, sums)
+        return preflight(net, train_set, args, run, *steps_of)
     if args.run_dataset_eval and run.is_main:
         truth = nuscenes.score_truth(scorer(merge=0.5), map(val_set.annotation, range(len(val_set))))
         run.say(f"ground truth scored as predictions: NDS {truth['NDS']:.3f}" if truth else "")
     if args.eval_only:
         with ema.applied(net):
-            scored = scorer()
-            metrics, _ = evaluate(net, val_batches, run, args, assign, sums, scored)
-        if run.is_main:
-            scored.write(out / "submission.json")
+            metrics, _ = evaluate(net, val_batches, run, args, *steps_of, scorer(), out)
         run.say(json.dumps(metrics, indent=1) + f"\n{out}/submission.json written")
         run.close()
         return metrics
@@ -246,7 +230,7 @@ def main(argv=None):
     for warning in devices.check_machine(args.workers, 3 * size[0] * size[1] * batch // run.world):
         run.say(f"WARNING: {warning}")
     balance = train_set.balance_weights() if args.balance_data else None
-    sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, run.rank, run.world, balance)
+    sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, *share, balance)
     batches = loader.train_loader(train_set, sampler, args.workers, pin)
     showing = (args.debug_steps, vars(args), args.log_level)
     logger = log.Logger(out, total, progress.step, run.is_main, *showing)
@@ -257,11 +241,9 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale * lr_factor(step - 1)
 
-            images, radar_map, calib = inputs_of(net, images, targets, args, run.device)
-            goals = assign(targets, run.device)
+            images, radar_map, calib = inputs_of(images, targets)
+            goals = assign(targets, run.device, radar_map, calib)
             counts = run.mean(centerfusion.count(goals)).clamp(min=1 / run.world)  # at least one in all
-            if args.pointcloud:
-                goals["radar"] = centerfusion.association(goals, radar_map, calib, args.frustum, args.max_pc_dist)
             for part, part_goals in assignment.pieces(args.accumulate, images, goals):
                 with run.autocast():
                     outputs = wrapped(part, association=part_goals.get("radar"))
@@ -291,10 +273,8 @@ def main(argv=None):
             if not stopping and ((epoch and epoch % args.validation_epochs == 0) or step == total):
                 with ema.applied(net), logger.paused():
                     run.share_statistics(net)
-                    evaluator = scorer() if args.run_dataset_eval else None
-                    metrics, kept = evaluate(net, val_batches, run, args, assign, sums, evaluator, keep=4)
-                    if evaluator and run.is_main:
-                        evaluator.write(out / "submission.json")
+                    official = (scorer(), out) if args.run_dataset_eval else ()
+                    metrics, kept = evaluate(net, val_batches, run, args, *steps_of, *official, keep=4)
                 train_mode(net, frozen, args.freeze_bn)
                 logger.log(step, {f"val/{name}": value for name, value in metrics.items()})
                 log_pictures(logger, step, kept)
@@ -302,8 +282,7 @@ def main(argv=None):
                     best = progress.improved(metrics[monitor], lower_is_better=monitor not in ("NDS", "mAP"))
             if saving:
                 copies = schedule.copies(epoch, step, args.save_every_epochs, args.save_every_steps)
-                if epoch in args.save_point:
-                    copies["epoch_copy"] = epoch
+                copies |= {"epoch_copy": epoch} if epoch in args.save_point else {}
                 checkpoints.save(out, {**state, **about, "progress": progress}, best=best, keep=args.keep, **copies)
             if stopping or (args.patience and progress.stale >= args.patience):
                 break

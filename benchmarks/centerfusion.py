@@ -122,7 +122,7 @@ def radar_maps(targets, size, device):
 
 def assigned(targets, size, device):
     cells = (size[0] // STRIDE, size[1] // STRIDE)
-    return centerfusion.assign(targets, device, cells, STRIDE, CLASSES)
+    return centerfusion.assign(targets, device, size=cells, stride=STRIDE, num_classes=CLASSES)
 
 
 def association_of(goals, radar_map, calib):

@@ -1,8 +1,8 @@
 """CenterFusion's losses (Nabati and Qi 2021), one a head, and what each head should say.
 
-    goals = centerfusion.assign(targets, run.device)
+    goals = centerfusion.assign(targets, run.device, radar_map, calib)
     counts = run.mean(centerfusion.count(goals)).clamp(min=1 / run.world)
-    losses = centerfusion.loss(network(images, radar_map, calib, association), goals, counts)
+    losses = centerfusion.loss(network(images, association=goals["radar"]), goals, counts)
 
 B batch, N the most objects of a picture in the batch, K classes, h and w of the output maps. Positions and sizes are in
 cells of those maps, depth and sizes of objects in metres, velocities in m/s in the camera frame.
@@ -43,12 +43,26 @@ def packed(targets):
 
 
 @torch.no_grad()
-def assign(targets, device, size=(112, 200), stride=4, num_classes=10, roots="published"):
+def assign(
+    targets,
+    device,
+    radar_map=None,
+    calib=None,
+    *,
+    size=(112, 200),
+    stride=4,
+    num_classes=10,
+    threshold="published",
+    max_distance=60.0,
+    roots="published",
+):
     """What each head should say: a dict of tensors on `device`, batch first.
 
-    targets  B dicts of the data contract with its 3D fields, boxes in pixels of the network's input
-    size     (h, w) of the output maps, `stride` pixels a cell
-    roots    of ops.heatmap.radius
+    targets    B dicts of the data contract with its 3D fields, boxes in pixels of the network's input
+    radar_map  [B,3,h,w], calib [B,3,4]: adds "radar" [B,3,h,w], returns handed to the true boxes by `threshold` and
+               `max_distance` of ops.radar.associate, which is what the second stage sees in training
+    size       (h, w) of the output maps, `stride` pixels a cell
+    roots      of ops.heatmap.radius
 
     hm [B,K,h,w]           Gaussian peaks, 1 at each object's cell; 1 also all over a box to ignore, so that nothing
                            its class says there is wrong
@@ -90,7 +104,12 @@ def assign(targets, device, size=(112, 200), stride=4, num_classes=10, roots="pu
     goals |= attributes(attribute[..., 0].long(), mask)
     goals = {name: value.to(device, non_blocking=True) for name, value in goals.items()}
     hm = heatmaps(boxes, cell, label, mask, exists & ignore, (len(targets), num_classes, *size), roots, device)
-    return {"hm": hm, **goals}
+    goals = {"hm": hm, **goals}
+    if radar_map is not None:
+        found = goals["dep"][..., 0], goals["dim"], goals["alpha"], goals["boxes"][..., ::2].mean(-1), calib
+        limits = {"threshold": threshold, "max_distance": max_distance, "valid": goals["mask"]}
+        goals["radar"] = associate(radar_map, goals["boxes"], *found, **limits)
+    return goals
 
 
 def heatmaps(boxes, cell, label, mask, ignored, shape, roots, device):
@@ -107,13 +126,6 @@ def heatmaps(boxes, cell, label, mask, ignored, shape, roots, device):
         covered = cover(boxes[ignored].to(device), where[ignored].to(device), batch * num_classes, size)
         hm = hm.masked_fill(covered, 1)
     return hm.view(shape)
-
-
-def association(goals, radar_map, calib, threshold, max_distance):
-    """Radar handed to the true boxes, what the second stage sees in training: [B,3,h,w]. See ops.radar.associate."""
-    found = goals["dep"][..., 0], goals["dim"], goals["alpha"], goals["boxes"][..., ::2].mean(-1), calib
-    limits = {"threshold": threshold, "max_distance": max_distance, "valid": goals["mask"]}
-    return associate(radar_map, goals["boxes"], *found, **limits)
 
 
 def attributes(attribute, mask):

@@ -6,13 +6,14 @@ Every network has `name`, `num_classes`, `arguments` (`build(name, num_classes, 
 
 import inspect
 
-from models import backbones, centerfusion, published, retinanet, ssd
+from models import backbones, centerfusion, maskrcnn, published, retinanet, ssd
 from models.errors import WeightsError
 
 __all__ = ["ARCHITECTURES", "WeightsError", "build", "describe", "load", "published"]
 
 # name -> function of num_classes and the network's own arguments
-ARCHITECTURES = {**ssd.NETWORKS, "retinanet": retinanet.RetinaNet, **centerfusion.NETWORKS, **backbones.NETWORKS}
+ARCHITECTURES = {**ssd.NETWORKS, "retinanet": retinanet.RetinaNet, **centerfusion.NETWORKS, **maskrcnn.NETWORKS}
+ARCHITECTURES |= backbones.NETWORKS
 FORMAT_VERSION = 1
 
 
@@ -21,8 +22,9 @@ def build(name, num_classes, **arguments):
 
     arguments: of the SSDs `box_sizes` (a (min, max) in pixels at 300 x 300 for each map, scaled with the image; None:
     as published); of MobileNet v2's `width_mult`; of retinanet those of `retinanet.RetinaNet`; of the
-    centerfusions `radar`, `threshold`, `max_distance` (see `centerfusion.CenterFusion`). Raises WeightsError on an
-    unknown name or argument.
+    centerfusions `radar`, `threshold`, `max_distance` (see `centerfusion.CenterFusion`); of the maskrcnns `proposals`,
+    of the small one also `width` and `hidden` (see `maskrcnn.MaskRCNN`). Raises WeightsError on an unknown name or
+    argument.
     """
     if name not in ARCHITECTURES:
         raise WeightsError(f"unknown network {name!r}; known are {', '.join(ARCHITECTURES)}")

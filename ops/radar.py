@@ -8,6 +8,7 @@ import torch
 
 from ops.geometry import apply_affine, corners, depth_of, project
 from ops.heatmap import gather, peaks
+from ops.images import normalize
 from ops.rotation import decode
 
 # Distance between a box's depth and its radar, in half extents of the box along z. The published weights were made with
@@ -40,10 +41,18 @@ def pillars(radar, calib, affine, size=(112, 200), stride=4, dims=(1.5, 0.2, 0.2
     return paint(areas[None], radar[None, shown, 2:5], size)[0]
 
 
-def maps(targets, size, device, stride=4, dims=(1.5, 0.2, 0.2)):
-    """The radar maps of a batch, [B,3,h,w] on `device`: `pillars` of the radar, calib and affine of each target."""
+def inputs(images, targets, mean, std, device, radar=True, stride=4, dims=(1.5, 0.2, 0.2)):
+    """What a CenterFusion is given of a batch, on `device`: (images, radar map or None, calib).
+
+    images     uint8 [B,3,H,W], red first -> normalised by `mean` and `std` [3], blue first, as published
+    targets    B dicts with radar, calib and affine
+    radar map  [B,3,h,w] of `pillars`; None where `radar` is false;  calib [B,3,4]
+    """
+    images = normalize(images.to(device, non_blocking=True).flip(1), mean, std)
     rows = [[target[name].to(device) for name in ("radar", "calib", "affine")] for target in targets]
-    return torch.stack([pillars(*row, size, stride, dims) for row in rows])
+    size = [side // stride for side in images.shape[-2:]]
+    radar_map = torch.stack([pillars(*row, size, stride, dims) for row in rows]) if radar else None
+    return images, radar_map, torch.stack([calib for _, calib, _ in rows])
 
 
 @torch.no_grad()

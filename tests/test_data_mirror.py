@@ -130,7 +130,7 @@ def test_the_flipped_picture_is_the_mirrored_worlds(pairs):
 
 def test_goals_of_a_flipped_batch_are_the_mirrored_worlds(pairs):
     mine, theirs = ([pair[side][1] for pair in pairs] for side in (0, 1))
-    goals, expected = (centerfusion.assign(targets, "cpu", MAPS) for targets in (mine, theirs))
+    goals, expected = (centerfusion.assign(targets, "cpu", size=MAPS) for targets in (mine, theirs))
     assert goals.keys() == expected.keys() and goals["mask"].sum() > 50 and goals["velocity_mask"].any()
     for name, value in goals.items():
         torch.testing.assert_close(value, expected[name], msg=lambda text, n=name: f"{n}: {text}", **CLOSE)

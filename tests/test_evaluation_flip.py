@@ -17,7 +17,7 @@ def test_heads_that_are_right_of_both_stay_as_they_are():
     outputs, turned = heads_that_say(targets, size), heads_that_say([mirrored(target, width)], size)
     means = nuscenes.flip_averaged(outputs, turned)
     outputs["hm"], means["hm"] = outputs["hm"].sigmoid(), means["hm"].sigmoid()
-    goals = centerfusion.assign(targets, "cpu", size)
+    goals = centerfusion.assign(targets, "cpu", size=size)
     said = {name: (gather(outputs[name], goals["index"]), gather(means[name], goals["index"])) for name in means}
     apart = {name: float((one - two)[goals["mask"]].abs().max()) for name, (one, two) in said.items()}
     assert len(apart) == len(outputs) and max(apart.values()) < 1e-3, apart

@@ -142,7 +142,7 @@ def world():
 
 def heads_that_say(targets, size=(113, 203)):
     """Heads whose decoding is `targets`: goals written at the peaks of their objects."""
-    goals = centerfusion.assign(targets, "cpu", size)
+    goals = centerfusion.assign(targets, "cpu", size=size)
     channels = {"reg": 2, "wh": 2, "dep": 1, "rot": 8, "dim": 3, "amodel_offset": 2, "velocity": 3, "nuscenes_att": 8}
     heads = {name: torch.zeros(len(targets), count, *size) for name, count in channels.items()}
     heads["hm"] = goals["hm"].logit(1e-6)

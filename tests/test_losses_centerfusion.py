@@ -48,7 +48,7 @@ def raw(batch=3, seed=0, dtype=torch.float32):
 
 
 def goals_of(targets):
-    return centerfusion.assign(targets, "cpu", SIZE, STRIDE, CLASSES)
+    return centerfusion.assign(targets, "cpu", size=SIZE, stride=STRIDE, num_classes=CLASSES)
 
 
 def gradients(losses, outputs):

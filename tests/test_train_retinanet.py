@@ -14,7 +14,6 @@ from pycocotools.cocoeval import COCOeval
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
-import predict
 import train_backbone
 import train_retinanet
 from data import DataError, drawn
@@ -227,14 +226,3 @@ def test_preflight(coco, tmp_path, capsys):
 def test_a_folder_that_is_no_coco_set_is_told(tmp_path):
     with pytest.raises(DataError, match=r"no instances_train2017\.json; .* --coco-train"):
         train(tmp_path, tmp_path / "run")
-
-
-def test_predict_needs_no_flag_but_checkpoint_and_pictures(coco, tmp_path):
-    train(coco, tmp_path / "run", "--max-steps", 1)
-    found = predict.main([str(tmp_path / "run/last.pt"), str(coco / "val2017"), "--out", str(tmp_path / "out")])
-    assert len(found) == len(list((tmp_path / "out").glob("*.jpg"))) == 4
-    scored = predict.main(
-        [str(tmp_path / "run/last.pt"), str(coco / "val2017"), "--out", str(tmp_path / "all"), "--threshold", "0.005"]
-    )
-    boxes = torch.tensor([box for result in scored for box in result["boxes"]])
-    assert len(boxes) and boxes.min() >= 0 and boxes[:, 2].max() > 200  # pixels of the files, which are 320 wide

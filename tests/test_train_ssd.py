@@ -1,4 +1,4 @@
-"""train_ssd.py and predict.py as a person runs them, on drawn data small enough for seconds."""
+"""train_ssd.py as a person runs them, on drawn data small enough for seconds."""
 
 import json
 import signal
@@ -9,7 +9,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
-import predict
 import train_ssd
 from data import DataError, drawn
 from tests import scripts
@@ -198,21 +197,3 @@ def test_the_other_layouts_train_too(tmp_path, layout, capsys):
     metrics = train_ssd.main([*words, "--dataset-type", layout, "--max-steps", "1"])
     assert 0 <= metrics["mAP"] <= 1
     assert "ground truth scored as predictions: mAP 1.000" in capsys.readouterr().out
-
-
-def test_predict_needs_no_flag_but_checkpoint_and_pictures(drawn_voc, tmp_path, monkeypatch):
-    train(drawn_voc, tmp_path / "run", "--max-steps", 1)
-    monkeypatch.chdir(tmp_path)
-    results = predict.main(["run/last.pt", str(drawn_voc / "JPEGImages"), "--threshold", "0.05"])
-    assert len(results) == 24
-    assert json.loads((tmp_path / "predictions" / "detections.json").read_text()) == results
-    assert len(list((tmp_path / "predictions").glob("*.jpg"))) == 24
-    found = [(box, file) for result in results for box, file in zip(result["boxes"], [result["file"]] * 99)]
-    assert found
-    assert all(box[2] <= 400 and box[3] <= 400 for box, _ in found)
-
-
-def test_predict_keeps_pictures_of_one_name_apart(tmp_path):
-    written = set()
-    assert predict.free_name(tmp_path, "a", written).name == "a.jpg"
-    assert predict.free_name(tmp_path, "a", written).name == "a_2.jpg"
