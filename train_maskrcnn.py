@@ -61,7 +61,7 @@ def parse_args(argv):
     arg("--learning-rate", "--lr", dest="lr", type=float, default=0.005, help="of all but the backbone")
     arg("--backbone-lr", type=float, help="of the backbone; as --lr if not given")
     arg("--scheduler", choices=schedule.NAMES, default="multi-step", help="learning rate over time")
-    flags.add_detection_arguments(parser)
+    flags.add_detection_arguments(parser, masks=True)
     flags.add_data_arguments(parser)
     flags.add_run_arguments(parser)
     parser.set_defaults(model_dir="runs/maskrcnn", batch_size=2, epochs=10, milestones="3,6,9", freeze_bn=True)
@@ -120,6 +120,22 @@ def log_pictures(logger, step, kept, names):
         found = {**found, "masks": found["masks"][:, :height, :width]}
         beside = pictures.beside_truth(image[:, :height, :width], target, found, names)
         logger.images(f"Truth left, predictions right/{number}", beside, step)
+
+
+def preflight(net, train_set, collate, args, run):
+    """The batch with the most objects forward, backward and through evaluation, then the peaks of memory."""
+    images, targets = collate([train_set[i] for i in train_set.fullest(args.batch_size)])
+    shapes = [tuple(target["shape"]) for target in targets]
+    pixels = normalize(images.to(run.device), net.image_mean, net.image_std, shapes)
+    for part in torch.arange(len(images)).chunk(args.accumulate):
+        goals = maskrcnn.Goals([targets[i] for i in part], (args.seed, 0), regions=args.regions)
+        with run.autocast():
+            outputs = net(pixels[part], [shapes[i] for i in part], goals.sample)
+        sum(maskrcnn.sums(outputs, goals).values()).backward()
+    evaluate(net, train_set, [(images, targets)], run, COCOEvaluator(net.classes, masks=True), (args.seed, 0))
+    run.say(f"preflight: {len(images)} pictures, padded to {images.shape[-2]} x {images.shape[-1]}")
+    run.say(devices.memory_peaks(run, args.workers, images.nbytes))
+    return {}
 
 
 def main(argv=None):
@@ -188,6 +204,8 @@ def main(argv=None):
             run.say(f"  changed: {line}")
     about = {**models.describe(net), "min_side": args.min_side[-1], "max_side": args.max_side, "flags": vars(args)}
     run.say(f"{net.name}, {devices.describe(run)}")
+    if args.preflight:
+        return preflight(net, train_set, collate, args, run)
     if args.eval_only:
         with ema.applied(net):
             coco = new_evaluator()

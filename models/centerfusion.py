@@ -23,6 +23,7 @@ CHANNELS = 64  # of the maps that the heads see
 RADAR_CHANNELS = 3  # depth, vx, vz
 WIDTH, SMALL_WIDTH = 256, 64  # of the heads on DLA-34 and on a ResNet, as CenterNet has them
 HEAT_BIAS = -4.6  # score of every class at the start: 0.01
+DEPTH_BIAS = -3.0  # depth at the start: 20 m, where most objects are; without it the first hundreds of steps go there
 FIRST_STAGE = {"reg": 2, "wh": 2, "dep": 1, "rot": 8, "dim": 3, "amodel_offset": 2}
 SECOND_STAGE = {"dep_sec": 1, "rot_sec": 8}
 RADAR_HEADS = {"nuscenes_att": 8, "velocity": 3}  # of the second stage, of the first where there is no radar
@@ -171,6 +172,8 @@ class CenterFusion(nn.Module):
         for output, count in second.items():
             self.add_module(output, head(CHANNELS + RADAR_CHANNELS, count, 3, width))
         nn.init.constant_(self.hm[-1].bias, HEAT_BIAS)
+        for depth in [self.dep, self.dep_sec] if radar else [self.dep]:
+            nn.init.constant_(depth[-1].bias, DEPTH_BIAS)
         self.first_stage, self.second_stage = tuple(first), tuple(second)
         self.base = body
         channels = body.channels[-4:]

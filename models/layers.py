@@ -69,3 +69,9 @@ def separable_bn(inputs, outputs):
     """SSD-lite's convolution of mb2: depthwise 3x3, batch norm, ReLU6, pointwise."""
     depthwise = Conv3x3(inputs, inputs, groups=inputs)
     return nn.Sequential(depthwise, nn.BatchNorm2d(inputs), nn.ReLU6(inplace=True), nn.Conv2d(inputs, outputs, 1))
+
+
+def flat(x, values):
+    """A head's map [B,S*values,h,w] -> [B,h*w*S,values]: rows, columns, shapes. No length is read: an exported graph
+    would keep that of its example."""
+    return x.permute(0, 2, 3, 1).unflatten(3, (-1, values)).flatten(1, 3)

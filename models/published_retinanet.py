@@ -36,14 +36,37 @@ RENAMED = {
     r"classificationModel\.output\.(\w+)": lambda m: f"{LOGITS}.{m[1]}",
 }
 
+# The same for yhenon's names out of ours.
+YHENON = {
+    r"backbone\.body\.(.+)": lambda m: m[1],
+    r"backbone\.fpn\.inner_blocks\.(\d)\.0\.(\w+)": lambda m: f"fpn.P{int(m[1]) + 3}_1.{m[2]}",
+    r"backbone\.fpn\.layer_blocks\.(\d)\.0\.(\w+)": lambda m: f"fpn.P{int(m[1]) + 3}_2.{m[2]}",
+    r"backbone\.fpn\.extra_blocks\.p6\.(\w+)": lambda m: f"fpn.P6.{m[1]}",
+    r"backbone\.fpn\.extra_blocks\.p7\.(\w+)": lambda m: f"fpn.P7_2.{m[1]}",
+    r"head\.regression_head\.conv\.(\d)\.0\.(\w+)": lambda m: f"regressionModel.conv{int(m[1]) + 1}.{m[2]}",
+    r"head\.regression_head\.bbox_reg\.(\w+)": lambda m: f"regressionModel.output.{m[1]}",
+    r"head\.classification_head\.conv\.(\d)\.0\.(\w+)": lambda m: f"classificationModel.conv{int(m[1]) + 1}.{m[2]}",
+    r"head\.classification_head\.cls_logits\.(\w+)": lambda m: f"classificationModel.output.{m[1]}",
+}
+
 
 def our_name(name):
     """The name in our networks of a tensor in a published file."""
-    for pattern, rename in RENAMED.items():
+    return renamed(name, RENAMED)
+
+
+def renamed(name, table):
+    for pattern, rename in table.items():
         match = re.fullmatch(pattern, name)
         if match:
             return rename(match)
     return name
+
+
+def published_state(net):
+    """The state dict of a RetinaNet under the names of the program that its anchors are of."""
+    table = YHENON if net.arguments["anchors"] == "yhenon" else {}
+    return {renamed(name, table): value for name, value in net.state_dict().items()}
 
 
 def describe(state, family, label):

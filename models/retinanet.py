@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from models import resnet
 from models.errors import WeightsError
-from models.layers import IMAGENET_MEAN, IMAGENET_STD, Conv3x3, initialise
+from models.layers import IMAGENET_MEAN, IMAGENET_STD, Conv3x3, flat, initialise
 
 WIDTH = 256  # channels of every level and of the heads
 LEVELS = (3, 4, 5, 6, 7)  # a level's stride is 2 to its power
@@ -71,7 +71,7 @@ class Head(nn.Module):
         last = getattr(self, self.output)
         found = [last(self.conv(x)) for x in levels]  # [B,S*values,h,w]
         # A view where memory is channels_last; only the cat copies.
-        return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, self.values) for x in found], 1)
+        return torch.cat([flat(x, self.values) for x in found], 1)
 
 
 class RetinaNet(nn.Module):

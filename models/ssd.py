@@ -107,8 +107,8 @@ class SSD(nn.Module):
         logits, offsets = [], []
         for x, classify, locate in zip(self.feature_maps(images), self.classification_headers, self.regression_headers):
             # A view where memory is channels_last.
-            logits.append(classify(x).permute(0, 2, 3, 1).reshape(len(x), -1, self.num_classes + 1))  # [B,hwS,K+1]
-            offsets.append(locate(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4))  # [B,hwS,4]
+            logits.append(layers.flat(classify(x), self.num_classes + 1))  # [B,hwS,K+1]
+            offsets.append(layers.flat(locate(x), 4))  # [B,hwS,4]
         return {"logits": torch.cat(logits, 1), "offsets": torch.cat(offsets, 1)}
 
     @torch.no_grad()

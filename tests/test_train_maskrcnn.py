@@ -171,3 +171,8 @@ def test_mistakes_are_told(people, tmp_path):
     Image.new("L", (40, 30), 1).save(folder / "PedMasks" / "c_mask.png")
     with pytest.raises(DataError, match=r"a_mask\.png.*30 x 30"):
         train(folder, tmp_path / "run", "--check-data")
+
+
+def test_preflight_tells_the_memory_and_trains_nothing(people, tmp_path, capsys):
+    assert train(people, tmp_path, "--preflight", "--accumulate", 2) == {}
+    assert "memory" in capsys.readouterr().out and not (tmp_path / "last.pt").exists()

@@ -125,29 +125,31 @@ def add_data_arguments(parser):
     faults("--class-weights", default="", metavar="NAME=W,...", help=weights)
 
 
-def add_detection_arguments(parser):
-    """Declare the flags about data that every detector on pictures and boxes has."""
+def add_detection_arguments(parser, masks=False):
+    """Declare the flags about data that every detector on pictures and boxes has; masks: no csv and VOC, which have
+    none."""
     boxes = parser.add_argument_group("boxes and their files").add_argument
     boxes("--bad-boxes", choices=("drop", "error"), default="drop", help="boxes without area")
     boxes("--coco-train", default="train2017", metavar="SET", help="annotations/instances_SET.json and the folder SET")
     boxes("--coco-val", default="val2017", metavar="SET", help="the same for validation")
+    keep = "keep a checkpoint's order of classes where the data have another"
+    boxes("--remap-by-name", action="store_true", help=keep)
+    if masks:
+        return
     rows = "rows path,x1,y1,x2,y2,class, path,,,,, for no box; else train.csv, val.csv, classes.csv in --data"
     boxes("--csv-train", default="", metavar="FILE", help=rows)
     boxes("--csv-val", default="", metavar="FILE", help="the same to validate on, needed with --csv-train")
     boxes("--csv-classes", default="", metavar="FILE", help="rows name,id; without it, the names found")
     boxes("--voc-offset", type=int, choices=(0, 1), default=1, help="number of the first pixel in VOC's xml")
-    keep = "keep a checkpoint's order of classes where the data have another"
-    boxes("--remap-by-name", action="store_true", help=keep)
 
 
 def names_in_data(args):
     """What data.detection.load is to know of the flags that `add_detection_arguments` declared -> dict."""
-    return {
-        "coco_sets": (args.coco_train, args.coco_val),
-        "csv_files": (args.csv_train, args.csv_val, args.csv_classes),
-        "voc_offset": args.voc_offset,
-        "remap_by_name": args.remap_by_name,
-    }
+    names = {"coco_sets": (args.coco_train, args.coco_val), "remap_by_name": args.remap_by_name}
+    if "voc_offset" in args:
+        names["csv_files"] = (args.csv_train, args.csv_val, args.csv_classes)
+        names["voc_offset"] = args.voc_offset
+    return names
 
 
 def choose_monitor(name, default, metrics):
