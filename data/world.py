@@ -38,7 +38,7 @@ NEAR = 55.0  # metres of s between a thing and the car at one moment at least
 DENSITY = 34  # things near the car at one moment
 RADAR_REACH, RADAR_HALF_ANGLE = 100.0, math.radians(60)
 STATIONARY, MOVING, ONCOMING, CROSSING_MOVING, CANDIDATE = 1, 0, 2, 6, 3  # nuScenes' dyn_prop
-VERSION = 1  # raise it when the same arguments give another world or other pictures
+VERSION = 2  # raise it when the same arguments give another world or other pictures
 RADAR_POINT = np.dtype(
     [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("dyn_prop", "i1"), ("id", "<i2"), ("rcs", "<f4"), ("vx", "<f4")]
     + [("vy", "<f4"), ("vx_comp", "<f4"), ("vy_comp", "<f4"), ("is_quality_valid", "i1"), ("ambig_state", "i1")]

@@ -24,7 +24,8 @@ from data.world_pictures import Painter
 TRAIN = ("scene-0061", "scene-0553", "scene-0655", "scene-0757", "scene-0796", "scene-1077", "scene-1094", "scene-1100")
 VAL = ("scene-0103", "scene-0916")
 ORDER = (TRAIN[0], VAL[0], *TRAIN[1:6], VAL[1], *TRAIN[6:])  # a set of few scenes has the first of these
-USUAL_LENGTH = 4  # keyframes a scene, more where ten scenes are not enough
+HELD_OUT = 5  # of the scenes beyond those every so many is for validation
+USUAL_LENGTH = 4  # keyframes a scene
 FEWEST_KEYFRAMES = 4  # two scenes of two: a velocity needs two
 USUAL_SIZE = (800, 450)
 ANNOTATED = 70.0
@@ -73,17 +74,28 @@ def write_nuscenes(out, images, seed, size=None, mirrored=False):
         (out / "sweeps" / name).mkdir(parents=True, exist_ok=True)
     (out / "maps").mkdir(exist_ok=True)
     Image.new("L", (64, 64)).save(out / "maps/empty.png")
-    tables = Tables(seed)
-    for index, keyframes in enumerate(scene_lengths(images // len(CAMERAS))):
+    tables, lengths = Tables(seed), scene_lengths(images // len(CAMERAS))
+    for index, keyframes in enumerate(lengths):
         world = build(seed, index, keyframes)
         SceneWriter(out, tables, index, mirror(world) if mirrored else world, size or USUAL_SIZE).write()
     tables.add("map", "map", category="semantic_prior", filename="maps/empty.png", log_tokens=list(tables.rows["log"]))
     tables.save(out / "v1.0-mini")
+    names = [scene_name(index) for index in range(len(lengths))]
+    held_out = {*VAL, *names[len(ORDER) :: HELD_OUT]}
+    splits = {"train": [name for name in names if name not in held_out]}
+    splits["val"] = [name for name in names if name in held_out]
+    for split, scenes in splits.items():
+        (out / "v1.0-mini" / f"{split}.txt").write_text("\n".join(scenes) + "\n")
+
+
+def scene_name(index):
+    """Those of mini_train and mini_val come first; nuScenes has no scene of the other names."""
+    return ORDER[index] if index < len(ORDER) else f"scene-{2000 + index}"
 
 
 def scene_lengths(keyframes):
-    """Keyframes of each scene, two to ten scenes of ORDER: about USUAL_LENGTH each, more where ten are not enough."""
-    scenes = min(max(2, keyframes // USUAL_LENGTH), len(ORDER))
+    """Keyframes of each scene, two scenes or more: about USUAL_LENGTH each."""
+    scenes = max(2, keyframes // USUAL_LENGTH)
     return [keyframes // scenes + (index < keyframes % scenes) for index in range(scenes)]
 
 
@@ -155,7 +167,7 @@ class SceneWriter:
     """Writes the files of one scene and adds its rows to the tables. Times are seconds from the first keyframe."""
 
     def __init__(self, out, tables, index, world, size):
-        self.out, self.tables, self.world, self.size, self.name = out, tables, world, size, ORDER[index]
+        self.out, self.tables, self.world, self.size, self.name = out, tables, world, size, scene_name(index)
         self.start = START + index * BETWEEN
         self.rng = np.random.default_rng((tables.seed, index, 10))
         self.painter = Painter(world, size)

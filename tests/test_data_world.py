@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import drawn, world, world_files, world_pictures
+from data import drawn, nuscenes_radar, world, world_files, world_pictures
 from data.errors import DataError
 
 SIZE = (320, 180)
@@ -118,7 +118,7 @@ def test_too_small(tmp_path, capsys):
     assert "24 pictures, classes car truck bus trailer construction_vehicle pedestrian" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("keyframes", "lengths"), [(4, [2, 2]), (9, [5, 4]), (40, [4] * 10), (83, [9] * 3 + [8] * 7)])
+@pytest.mark.parametrize(("keyframes", "lengths"), [(4, [2, 2]), (9, [5, 4]), (40, [4] * 10), (83, [5] * 3 + [4] * 17)])
 def test_scene_lengths(keyframes, lengths):
     assert world_files.scene_lengths(keyframes) == lengths
 
@@ -359,3 +359,11 @@ def detection(nuscenes, token, attribute_of, name_of):
     velocity = np.nan_to_num(nuscenes.box_velocity(token)[:2]).tolist()
     facts = {"detection_name": name_of(row["category_name"]), "detection_score": 0.9, "attribute_name": attribute}
     return copied | facts | {"velocity": velocity}
+
+
+def test_every_scene_is_in_one_split(tmp_path):
+    root = drawn.draw_nuscenes(tmp_path, images=12 * 4 * 6, seed=1, size=(96, 64))
+    train, val = (set((root / "v1.0-mini" / f"{split}.txt").read_text().split()) for split in ("train", "val"))
+    scenes = {row["name"] for row in json.loads((root / "v1.0-mini" / "scene.json").read_text())}
+    assert train | val == scenes and not train & val and len(scenes) == 12 and val > {"scene-0103", "scene-0916"}
+    assert len(nuscenes_radar.load(root, "v1.0-mini", "val", sweeps=0)) == 3 * 4 * 6
