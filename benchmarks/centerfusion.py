@@ -15,7 +15,6 @@ Tables: see benchmarks/nuscenes_tables.py.
 """
 
 import argparse
-import functools
 import math
 import tempfile
 import time
@@ -30,8 +29,7 @@ from benchmarks.timing import quickest
 from data import drawn, loader, nuscenes_radar, nuscenes_transforms
 from losses import centerfusion
 from ops.geometry import apply_affine, corners, project, yaw_to_alpha
-from ops.images import normalize
-from ops.radar import associate, pillars
+from ops.radar import inputs
 from training import devices
 from training.modes import train_mode
 
@@ -107,34 +105,16 @@ def draw_target(size, random):
 # ---- what the script does with a batch
 
 
-def inputs_of(net, images, targets, device):
-    """(normalised images, radar map [B,3,h,w], calib [B,3,4]) on the device."""
-    images = images.to(device, non_blocking=True).flip(1)
-    calib = torch.stack([target["calib"] for target in targets]).to(device)
-    return normalize(images, net.image_mean, net.image_std), radar_maps(targets, images.shape[-2:], device), calib
-
-
-def radar_maps(targets, size, device):
-    draw = functools.partial(pillars, size=[side // STRIDE for side in size], stride=STRIDE, dims=DIMS)
-    rows = ([target[name].to(device) for name in ("radar", "calib", "affine")] for target in targets)
-    return torch.stack([draw(*row) for row in rows])
-
-
-def assigned(targets, size, device):
-    cells = (size[0] // STRIDE, size[1] // STRIDE)
-    return centerfusion.assign(targets, device, size=cells, stride=STRIDE, num_classes=CLASSES)
-
-
-def association_of(goals, radar_map, calib):
-    found = goals["dep"][..., 0], goals["dim"], goals["alpha"], goals["boxes"][..., ::2].mean(-1), calib
-    return associate(radar_map, goals["boxes"], *found, REACH, max_distance=FAR, valid=goals["mask"])
+def assigned(targets, size, device, radar_map=None, calib=None):
+    maps = {"size": [side // STRIDE for side in size], "stride": STRIDE, "num_classes": CLASSES}
+    return centerfusion.assign(targets, device, radar_map, calib, **maps, threshold=REACH, max_distance=FAR)
 
 
 # ---- frustums and heatmaps against loops over boxes
 
 
 def associate_loop(radar_map, goals, calib):
-    """`association_of`, one box after the other, its corners turned for its depth: how such programs have it."""
+    """`centerfusion.association` one box after the other, corners turned for its depth: how such programs have it."""
     result = torch.zeros_like(radar_map)
     for picture in range(len(radar_map)):
         held, (fx, _, cx, _) = radar_map[picture], calib[picture, 0]
@@ -203,14 +183,14 @@ def against_loops(rounds=30):
     """Prints how many times faster than loops association and heatmaps are. One thread, on the CPU."""
     images, targets = draw_batch(8, (448, 800), seed=0)
     size = [side // STRIDE for side in images.shape[-2:]]
-    goals, radar_map = assigned(targets, images.shape[-2:], "cpu"), radar_maps(targets, images.shape[-2:], "cpu")
-    calib = torch.stack([target["calib"] for target in targets])
+    _, radar_map, calib = inputs(images, targets, (0, 0, 0), (1, 1, 1), "cpu", stride=STRIDE, dims=DIMS)
+    goals = assigned(targets, images.shape[-2:], "cpu")
     boxes, label, mask = (goals[name] for name in ("boxes", "label", "mask"))
     cell = torch.stack([goals["index"] % size[1], goals["index"] // size[1]], dim=-1).float()
     shape = (len(images), CLASSES, *size)
 
     def associated():
-        return association_of(goals, radar_map, calib)
+        return centerfusion.association(goals, radar_map, calib, REACH, FAR)
 
     def splatted():
         return centerfusion.heatmaps(boxes, cell, label, mask, ~mask, shape, "published", "cpu")
@@ -244,18 +224,17 @@ def steps(net, batches, run):
     net.to(run.device, memory_format=torch.channels_last)
     train_mode(net)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-6)
+    how = (net.image_mean, net.image_std, run.device)
     ready = []
     for images, targets in batches:
-        pixels, radar_map, calib = inputs_of(net, images, targets, run.device)
-        goals = assigned(targets, images.shape[-2:], run.device)
-        ready.append((pixels, association_of(goals, radar_map, calib)))
+        pixels, *radar = inputs(images, targets, *how, stride=STRIDE, dims=DIMS)
+        ready.append((pixels, assigned(targets, images.shape[-2:], run.device, *radar)["radar"]))
 
     def full(i):
         images, targets = batches[i % len(batches)]
-        pixels, radar_map, calib = inputs_of(net, images, targets, run.device)
-        goals = assigned(targets, images.shape[-2:], run.device)
+        pixels, *radar = inputs(images, targets, *how, stride=STRIDE, dims=DIMS)
+        goals = assigned(targets, images.shape[-2:], run.device, *radar)
         counts = run.mean(centerfusion.count(goals)).clamp(min=1)
-        goals["radar"] = association_of(goals, radar_map, calib)
         with run.autocast():
             outputs = net(pixels, association=goals["radar"])
         sum(centerfusion.loss(outputs, goals, counts).values()).backward()

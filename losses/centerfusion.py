@@ -76,6 +76,18 @@ def assign(
     attribute, attribute_mask [B,N,8] 1 at the object's attribute, and bool: those of its class group, none if unknown
     boxes [B,N,4], alpha [B,N]        for ops.radar.associate with dep, dim and mask; far objects come first
     """
+    goals, cell, ignored = object_goals(targets, size, stride)
+    objects = goals["boxes"], cell, goals["label"], goals["mask"], ignored
+    hm = heatmaps(*objects, (len(targets), num_classes, *size), roots, device)
+    goals = {"hm": hm} | {name: value.to(device, non_blocking=True) for name, value in goals.items()}
+    if radar_map is not None:
+        goals["radar"] = association(goals, radar_map, calib, threshold, max_distance)
+    return goals
+
+
+def object_goals(targets, size, stride):
+    """What `assign` says of objects, on the CPU: (all but hm and radar, cells of the peaks [B,N,2] x y, bool [B,N]: an
+    object to ignore)."""
     height, width = size
     parts = packed(targets).split([1, *FIELDS.values()], dim=-1)
     exists, boxes, label, ignore, center, dims, alpha, velocity, attribute, amodal = parts
@@ -101,15 +113,14 @@ def assign(
         "boxes": boxes,
         "alpha": alpha[..., 0],
     }
-    goals |= attributes(attribute[..., 0].long(), mask)
-    goals = {name: value.to(device, non_blocking=True) for name, value in goals.items()}
-    hm = heatmaps(boxes, cell, label, mask, exists & ignore, (len(targets), num_classes, *size), roots, device)
-    goals = {"hm": hm, **goals}
-    if radar_map is not None:
-        found = goals["dep"][..., 0], goals["dim"], goals["alpha"], goals["boxes"][..., ::2].mean(-1), calib
-        limits = {"threshold": threshold, "max_distance": max_distance, "valid": goals["mask"]}
-        goals["radar"] = associate(radar_map, goals["boxes"], *found, **limits)
-    return goals
+    return goals | attributes(attribute[..., 0].long(), mask), cell, exists & ignore
+
+
+def association(goals, radar_map, calib, threshold, max_distance):
+    """Radar handed to the true boxes [B,3,h,w], see ops.radar.associate; goals and the others on one device."""
+    found = goals["dep"][..., 0], goals["dim"], goals["alpha"], goals["boxes"][..., ::2].mean(-1), calib
+    limits = {"threshold": threshold, "max_distance": max_distance, "valid": goals["mask"]}
+    return associate(radar_map, goals["boxes"], *found, **limits)
 
 
 def heatmaps(boxes, cell, label, mask, ignored, shape, roots, device):
