@@ -2,7 +2,8 @@
 
 A first stage finds centres, sizes, depths and angles in the picture; radar returns are handed to what it found, and a
 second stage answers depth and angle again, velocity and attribute. Deformable convolutions are torchvision's. The
-ResNets, which have no published weights, are for small machines: plain convolutions in the place of deformable ones.
+ResNets, which have no published weights, are for small machines: plain convolutions in the place of deformable ones,
+and a second stage that begins at the radar's depth.
 
 B pictures, h, w the size of the maps: a quarter of the picture's.
 """
@@ -149,6 +150,8 @@ class CenterFusion(nn.Module):
     name, body    its name, and what gives maps of stride 4 to 32
     block         what its upsampling is made of: DeformableNorm or `plain`
     width         channels within the heads
+    begins        true: where a box was handed radar, dep_sec begins at the radar's depth and the head says what to add.
+                  The published head has to learn to copy it, which takes tens of thousands of steps
     radar         false: a network of the camera alone, velocity and attribute from its first stage
     threshold     how far from a box's depth its radar may lie: "published" or "paper" (see ops.radar)
     max_distance  of radar, metres; the second stage sees depth in parts of it
@@ -157,13 +160,13 @@ class CenterFusion(nn.Module):
     channels = "bgr"
     image_mean, image_std = MEAN, STD
 
-    def __init__(self, name, body, block, width, num_classes, radar, threshold, max_distance):
+    def __init__(self, name, body, block, width, begins, num_classes, radar, threshold, max_distance):
         super().__init__()
         if threshold not in frustum.THRESHOLDS:
             raise WeightsError(f"no threshold called {threshold!r}; there are {', '.join(frustum.THRESHOLDS)}")
         if max_distance <= 0:
             raise WeightsError(f"max_distance {max_distance}: must lie above 0 metres")
-        self.name, self.num_classes = name, num_classes
+        self.name, self.begins, self.num_classes = name, begins, num_classes
         self.arguments = {"radar": radar, "threshold": threshold, "max_distance": max_distance}
         first = {"hm": num_classes, **FIRST_STAGE, **({} if radar else RADAR_HEADS)}
         second = {**SECOND_STAGE, **RADAR_HEADS} if radar else {}
@@ -187,16 +190,28 @@ class CenterFusion(nn.Module):
         ground truth) or the radar map [B,3,h,w] and calib [B,3,4] to associate with its own peaks. It returns the
         depth channel of what was associated too, in parts of max_distance, as "pc_hm" [B,1,h,w].
         """
-        seen = self.ida_up(self.dla_up(self.base.maps(images)[-4:])[:3])[-1]  # [B,64,h,w]
-        outputs = {name: getattr(self, name)(seen) for name in self.first_stage}
+        seen, outputs = self.first(images)
         if not self.second_stage:
             return outputs
         if association is None:
             threshold, max_distance = self.arguments["threshold"], self.arguments["max_distance"]
             association = frustum.associate_peaks(outputs, radar_map, calib, threshold, max_distance)
-        outputs["pc_hm"] = association[:, :1]
+        return {**outputs, **self.second(seen, association)}
+
+    def first(self, images):
+        """Normalised images [B,3,H,W] -> the maps that the heads see [B,64,h,w], and the first stage's raw heads."""
+        seen = self.ida_up(self.dla_up(self.base.maps(images)[-4:])[:3])[-1]
+        return seen, {name: getattr(self, name)(seen) for name in self.first_stage}
+
+    def second(self, seen, association):
+        """seen [B,64,h,w], association [B,3,h,w] -> pc_hm and the second stage's raw heads."""
+        depth = association[:, :1]
         seen = torch.cat([seen, association.to(seen.dtype)], dim=1)
-        return {**outputs, **{name: getattr(self, name)(seen) for name in self.second_stage}}
+        outputs = {"pc_hm": depth, **{name: getattr(self, name)(seen) for name in self.second_stage}}
+        if self.begins:  # exp(-dep_sec) metres: the head's own start, DEPTH_BIAS, gives way to the radar's depth
+            metres = (depth * self.arguments["max_distance"]).clamp(min=1)
+            outputs["dep_sec"] = outputs["dep_sec"] + torch.where(depth > 0, -DEPTH_BIAS - metres.log(), 0.0)
+        return outputs
 
     def stages(self):
         """What --freeze_backbone holds fixed, from the picture on: body and upsampling."""
@@ -209,12 +224,12 @@ class CenterFusion(nn.Module):
 
 
 def on_dla34(num_classes, radar=True, threshold="published", max_distance=60.0):
-    parts = ("centerfusion_dla34", DLA34(), DeformableNorm, WIDTH)
+    parts = ("centerfusion_dla34", DLA34(), DeformableNorm, WIDTH, False)
     return CenterFusion(*parts, num_classes, radar, threshold, max_distance)
 
 
 def on_resnet(depth, num_classes, radar=True, threshold="published", max_distance=60.0):
-    parts = (f"centerfusion_resnet{depth}", resnet.body(depth), plain, SMALL_WIDTH)
+    parts = (f"centerfusion_resnet{depth}", resnet.body(depth), plain, SMALL_WIDTH, True)
     return CenterFusion(*parts, num_classes, radar, threshold, max_distance)
 
 

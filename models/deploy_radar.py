@@ -33,14 +33,11 @@ class CameraRadar(nn.Module):
 
     def forward(self, images, radar_map=None, calib=None):
         net = self.net
-        seen = net.ida_up(net.dla_up(net.base.maps(self.before(images))[-4:])[:3])[-1]  # [B,64,h,w]
-        outputs = {name: getattr(net, name)(seen) for name in net.first_stage}
+        seen, outputs = net.first(self.before(images))
         if net.second_stage:
             threshold, max_distance = net.arguments["threshold"], net.arguments["max_distance"]
             association = associate_peaks(outputs, radar_map, calib, threshold, max_distance)
-            outputs["pc_hm"] = association[:, :1]
-            seen = torch.cat([seen, association], dim=1)
-            outputs |= {name: getattr(net, name)(seen) for name in net.second_stage}
+            outputs |= net.second(seen, association)
         return self.answers(outputs)
 
     def answers(self, outputs):
