@@ -7,6 +7,8 @@ peaks.
 import torch
 from torch.nn import functional as F
 
+from ops.areas import lines
+
 
 def radius(height, width, overlap=0.7, roots="published"):
     """CornerNet's radius (Law and Deng 2018) of a box's Gaussian, float [...] in cells, not rounded, at least 0.
@@ -44,22 +46,16 @@ def splat(centers, radii, where, maps, size, device=None):
     """
     height, width = size
     device = device or centers.device
-    side = 2 * radii.long() + 1
-    total = int(side.square().sum())  # cells in all: objects of 3 and 5 cells a side have 9 + 25, end to end
-    object_of = torch.arange(len(side), device=device)
-    centers, side, where = (each.to(device, non_blocking=True) for each in (centers, side, where))
-    counts = side.square()
-    object_of = object_of.repeat_interleave(counts, output_size=total)
-    place = torch.arange(total, device=device) - (counts.cumsum(0) - counts)[object_of]
-    side, reach = side[object_of], (side // 2)[object_of]
-    dx, dy = place % side - reach, place // side - reach
-    x, y = centers[object_of].unbind(-1)
-    x, y = x + dx, y + dy
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    value = torch.exp(-(dx * dx + dy * dy) / (2 * (side / 6) ** 2))
-    value = torch.where(inside, value, 0)  # 0 changes nothing: no cell is below it
-    cell = torch.where(inside, (where[object_of] * height + y) * width + x, 0)
+    reach = radii.long()[:, None]
+    box, row, line, column = lines(torch.cat([centers - reach, centers + reach + 1], dim=1), size, device)
+    centers, where = centers.to(device, non_blocking=True), where.to(device, non_blocking=True)
+    spread = 2 * ((2 * reach[:, 0].to(device, non_blocking=True) + 1) / 6) ** 2
+    x, y = centers[box].unbind(-1)
+    down = (row - y).square() / spread[box]  # of the lines
+    across = (column - x[line]).square() / spread[box][line]
+    cell = ((where[box] * height + row) * width)[line] + column
     heatmaps = torch.zeros(maps * height * width, device=device)
+    value = torch.exp(-(across + down[line]))
     return heatmaps.scatter_reduce_(0, cell, value, "amax").view(maps, height, width)
 
 

@@ -6,6 +6,7 @@ B pictures, N boxes a picture, P points.
 
 import torch
 
+from ops.areas import lines
 from ops.geometry import apply_affine, corners, depth_of, project
 from ops.heatmap import gather, peaks
 from ops.images import normalize
@@ -151,15 +152,10 @@ def paint(areas, values, size):
     lies outside is cut off. Only covered cells are visited, and no box waits for another.
     """
     (batch, count), (height, width) = areas.shape[:2], size
-    limits = areas.new_tensor([width, height, width, height])
-    left, top, right, bottom = torch.minimum(areas.clamp(min=0), limits).long().flatten(0, 1).unbind(-1)  # [B*N]
-    columns = (right - left).clamp(min=0)
-    covered = columns * (bottom - top).clamp(min=0)
-    box = torch.arange(batch * count, device=areas.device).repeat_interleave(covered)  # [cells covered]
-    place = torch.arange(len(box), device=areas.device) - (covered.cumsum(0) - covered)[box]
-    row, column = top[box] + place // columns[box], left[box] + place % columns[box]
-    cell = (box // max(1, count) * height + row) * width + column
-    last = box.new_full((batch * height * width,), -1).scatter_reduce_(0, cell, box, "amax")
-    values = values.flatten(0, 1)
-    values = torch.cat([values.new_zeros(1, values.shape[1]), values])
-    return values[last + 1].unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+    box, row, line, column = lines(areas.flatten(0, 1).long(), size)
+    cell = ((box // max(1, count) * height + row) * width)[line] + column
+    box = box[line]
+    last = box.new_zeros(batch * height * width).scatter_reduce_(0, cell, box, "amax")  # 0 also where there is none
+    maps = values.new_zeros(len(last), values.shape[2])
+    maps[cell] = values.flatten(0, 1)[last[cell]]
+    return maps.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
