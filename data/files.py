@@ -1,7 +1,9 @@
 """Reading text files, and keeping arrays."""
 
 import os
+import struct
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +49,28 @@ def keep_arrays(file, arrays):
             Path(temporary.name).unlink(missing_ok=True)
         return False
     return True
+
+
+def kept_arrays(file):
+    """The arrays of a .npz that `keep_arrays` wrote, by name, read-only and not read yet: pages of the file come in
+    where an array is looked at, and all processes of a machine share them.
+
+    Raises OSError, ValueError or zipfile.BadZipFile where the file is damaged.
+    """
+    arrays = {}
+    with open(file, "rb") as stream, zipfile.ZipFile(stream) as members:
+        for member in members.infolist():
+            stream.seek(member.header_offset)
+            header = stream.read(30)  # of the zip, ending in the lengths of a name and of extra bytes
+            if len(header) < 30 or member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{file}: {member.filename} is not an array as it was kept")
+            stream.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+            order = "F" if fortran else "C"
+            empty = 0 in shape  # nothing of it can be mapped
+            where = {"offset": stream.tell(), "shape": shape, "order": order}
+            values = np.zeros(shape, dtype) if empty else np.memmap(file, dtype, "r", **where).view(np.ndarray)
+            arrays[member.filename.removesuffix(".npy")] = values
+    return arrays

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.boxes import Paths, seeded
 from data.errors import DataError
-from data.files import keep_arrays
+from data.files import keep_arrays, kept_arrays
 from data.images import SUFFIXES, read_image
 
 THREADS = 16  # listing folders at once: a network disk answers each after a while, but many at a time
@@ -166,10 +166,9 @@ def _kept(file, folder, say):
     if not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            index = {name: stored[name] for name in stored.files}
+        index = kept_arrays(file)
         version, folders, mtimes = int(index.pop("format")), index["folders"], index["mtimes"].tolist()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         say(f"{file}: damaged, listing the files of {folder} anew")
         return None
     try:

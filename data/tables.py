@@ -4,7 +4,8 @@
 
 Kept is what cameras and radars need: the cameras' key frames, every radar sweep, their poses, all annotations of the
 ten detection classes. A file is read record by record, never whole: sample_data of v1.0-trainval alone would be
-gigabytes of Python objects. The arrays are kept in one .npz for as long as no table has another size or date.
+gigabytes of Python objects. The arrays are kept in one .npz for as long as no table has another size or date, and stay
+in it: what is not looked at takes no memory, and workers and several data sets share what is.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import numpy as np
 
 from data.boxes import Paths
 from data.errors import DataError
-from data.files import keep_arrays
+from data.files import keep_arrays, kept_arrays
 
 CLASSES = (
     *("car", "truck", "bus", "trailer", "construction_vehicle", "pedestrian", "motorcycle", "bicycle"),
@@ -102,7 +103,9 @@ def load(root, version, cache=None, say=print):
     arrays = _kept(file, stamps, say)
     if arrays is None:
         arrays = _read(folder)
-        if not keep_arrays(file, arrays | {"format": FORMAT} | stamps):
+        if keep_arrays(file, arrays | {"format": FORMAT} | stamps):
+            arrays = _kept(file, stamps, say) or arrays  # in the file's pages instead of in this process's memory
+        else:
             say(f"{file}: could not be written, so the tables are read anew each time; name a folder by --cache-dir")
     return Tables(arrays)
 
@@ -125,12 +128,11 @@ def _kept(file, stamps, say):
     if not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            same = int(stored["format"]) == FORMAT
-            if not same or any(not np.array_equal(stored[name], value) for name, value in stamps.items()):
-                return None
-            return {name: stored[name] for name in stored.files if name != "format" and name not in stamps}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = kept_arrays(file)
+        same = int(arrays.pop("format")) == FORMAT
+        same = same and all(np.array_equal(arrays.pop(name), value) for name, value in stamps.items())
+        return arrays if same else None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         say(f"{file}: damaged, reading the tables anew")
         return None
 

@@ -3,7 +3,7 @@
 A first stage finds centres, sizes, depths and angles in the picture; radar returns are handed to what it found, and a
 second stage answers depth and angle again, velocity and attribute. Deformable convolutions are torchvision's. The
 ResNets, which have no published weights, are for small machines: plain convolutions in the place of deformable ones,
-and a second stage that begins at the radar's depth.
+and a second stage that corrects the first one's depth.
 
 B pictures, h, w the size of the maps: a quarter of the picture's.
 """
@@ -150,8 +150,8 @@ class CenterFusion(nn.Module):
     name, body    its name, and what gives maps of stride 4 to 32
     block         what its upsampling is made of: DeformableNorm or `plain`
     width         channels within the heads
-    begins        true: where a box was handed radar, dep_sec begins at the radar's depth and the head says what to add.
-                  The published head has to learn to copy it, which takes tens of thousands of steps
+    refines       dep_sec is what the second stage adds to dep, and it sees how far radar lies from that. The published
+                  head sees metres and answers whole depths, which takes very many steps to learn from the radar's
     radar         false: a network of the camera alone, velocity and attribute from its first stage
     threshold     how far from a box's depth its radar may lie: "published" or "paper" (see ops.radar)
     max_distance  of radar, metres; the second stage sees depth in parts of it
@@ -160,13 +160,13 @@ class CenterFusion(nn.Module):
     channels = "bgr"
     image_mean, image_std = MEAN, STD
 
-    def __init__(self, name, body, block, width, begins, num_classes, radar, threshold, max_distance):
+    def __init__(self, name, body, block, width, refines, num_classes, radar, threshold, max_distance):
         super().__init__()
         if threshold not in frustum.THRESHOLDS:
             raise WeightsError(f"no threshold called {threshold!r}; there are {', '.join(frustum.THRESHOLDS)}")
         if max_distance <= 0:
             raise WeightsError(f"max_distance {max_distance}: must lie above 0 metres")
-        self.name, self.begins, self.num_classes = name, begins, num_classes
+        self.name, self.refines, self.num_classes = name, refines, num_classes
         self.arguments = {"radar": radar, "threshold": threshold, "max_distance": max_distance}
         first = {"hm": num_classes, **FIRST_STAGE, **({} if radar else RADAR_HEADS)}
         second = {**SECOND_STAGE, **RADAR_HEADS} if radar else {}
@@ -175,7 +175,7 @@ class CenterFusion(nn.Module):
         for output, count in second.items():
             self.add_module(output, head(CHANNELS + RADAR_CHANNELS, count, 3, width))
         nn.init.constant_(self.hm[-1].bias, HEAT_BIAS)
-        for depth in [self.dep, self.dep_sec] if radar else [self.dep]:
+        for depth in [self.dep, self.dep_sec] if radar and not refines else [self.dep]:
             nn.init.constant_(depth[-1].bias, DEPTH_BIAS)
         self.first_stage, self.second_stage = tuple(first), tuple(second)
         self.base = body
@@ -196,21 +196,24 @@ class CenterFusion(nn.Module):
         if association is None:
             threshold, max_distance = self.arguments["threshold"], self.arguments["max_distance"]
             association = frustum.associate_peaks(outputs, radar_map, calib, threshold, max_distance)
-        return {**outputs, **self.second(seen, association)}
+        return {**outputs, **self.second(seen, outputs["dep"], association)}
 
     def first(self, images):
         """Normalised images [B,3,H,W] -> the maps that the heads see [B,64,h,w], and the first stage's raw heads."""
         seen = self.ida_up(self.dla_up(self.base.maps(images)[-4:])[:3])[-1]
         return seen, {name: getattr(self, name)(seen) for name in self.first_stage}
 
-    def second(self, seen, association):
-        """seen [B,64,h,w], association [B,3,h,w] -> pc_hm and the second stage's raw heads."""
-        depth = association[:, :1]
-        seen = torch.cat([seen, association.to(seen.dtype)], dim=1)
-        outputs = {"pc_hm": depth, **{name: getattr(self, name)(seen) for name in self.second_stage}}
-        if self.begins:  # exp(-dep_sec) metres: the head's own start, DEPTH_BIAS, gives way to the radar's depth
+    def second(self, seen, dep, association):
+        """seen [B,64,h,w], the first stage's dep [B,1,h,w], association [B,3,h,w] -> pc_hm and raw heads."""
+        depth, velocity = association.split([1, RADAR_CHANNELS - 1], dim=1)
+        near, dep = depth, dep.detach().float()
+        if self.refines:  # exp(-dep) is metres, so this is the logarithm of how many times farther radar says it is
             metres = (depth * self.arguments["max_distance"]).clamp(min=1)
-            outputs["dep_sec"] = outputs["dep_sec"] + torch.where(depth > 0, -DEPTH_BIAS - metres.log(), 0.0)
+            near = torch.where(depth > 0, metres.log() + dep, 0.0)
+        seen = torch.cat([seen, near.to(seen.dtype), velocity.to(seen.dtype)], dim=1)
+        outputs = {"pc_hm": depth, **{name: getattr(self, name)(seen) for name in self.second_stage}}
+        if self.refines:
+            outputs["dep_sec"] = outputs["dep_sec"] + dep
         return outputs
 
     def stages(self):

@@ -37,7 +37,7 @@ class CameraRadar(nn.Module):
         if net.second_stage:
             threshold, max_distance = net.arguments["threshold"], net.arguments["max_distance"]
             association = associate_peaks(outputs, radar_map, calib, threshold, max_distance)
-            outputs |= net.second(seen, association)
+            outputs |= net.second(seen, outputs["dep"], association)
         return self.answers(outputs)
 
     def answers(self, outputs):

@@ -1,6 +1,7 @@
 """CenterFusion against the golden outputs of its source, and how its weights come in."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -129,6 +130,26 @@ def test_the_second_stage_sees_what_is_associated(small):
         assert not torch.equal(passed[name], empty[name]), name
     for name in CHANNELS:
         torch.testing.assert_close(passed[name], own[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(("name", "seen_by_it"), [("resnet18", math.log(30 / 20)), ("dla34", 0.5)])
+def test_a_resnets_second_depth_corrects_the_first(name, seen_by_it):
+    """Radar at 30 m of 60, where the first stage says 20: logarithms apart for a ResNet, parts of 60 m as published."""
+    net = models.build(f"centerfusion_{name}", 10)
+    torch.nn.init.zeros_(net.dep_sec[-1].weight)
+    inputs = []
+    net.dep_sec.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    dep = torch.full((1, 1, 4, 6), -math.log(20.0), requires_grad=True)
+    association = torch.zeros(1, 3, 4, 6)
+    association[0, :, 2, 3] = torch.tensor([0.5, 7.0, -8.0])
+    outputs = net.second(torch.randn(1, 64, 4, 6), dep, association)
+    torch.testing.assert_close(inputs[0][0, 64:, 2, 3], torch.tensor([seen_by_it, 7.0, -8.0]))
+    assert inputs[0][0, 64:].count_nonzero() == 3
+    torch.testing.assert_close(outputs["pc_hm"], association[:, :1])
+    start = dep.detach() if name == "resnet18" else torch.full_like(dep, centerfusion.DEPTH_BIAS)
+    torch.testing.assert_close(outputs["dep_sec"], start)
+    outputs["dep_sec"].sum().backward()
+    assert dep.grad is None  # the first stage learns from its own loss alone
 
 
 def test_batched_equals_single(small):
