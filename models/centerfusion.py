@@ -28,6 +28,7 @@ DEPTH_BIAS = -3.0  # depth at the start: 20 m, where most objects are; without i
 FIRST_STAGE = {"reg": 2, "wh": 2, "dep": 1, "rot": 8, "dim": 3, "amodel_offset": 2}
 SECOND_STAGE = {"dep_sec": 1, "rot_sec": 8}
 RADAR_HEADS = {"nuscenes_att": 8, "velocity": 3}  # of the second stage, of the first where there is no radar
+EXACT = ("hm", "dep", "dep_sec")  # bfloat16 would round a depth of 40 m to 0.6 m, and make equals of neighbours' scores
 MEAN = (0.40789654 * 255, 0.44719302 * 255, 0.47026115 * 255)  # blue, green, red
 STD = (0.28863828 * 255, 0.27408164 * 255, 0.27809835 * 255)
 
@@ -132,12 +133,20 @@ class Aggregate(nn.Module):
         return found
 
 
-def head(inputs, outputs, hidden, width):
-    """A 3x3 convolution, hidden - 1 of 1x1, each with a ReLU, and one to `outputs` numbers a cell."""
+class Exact(nn.Conv2d):
+    """A convolution in float32 under autocast too."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+def head(inputs, outputs, hidden, width, last=nn.Conv2d):
+    """A 3x3 convolution, hidden - 1 of 1x1, each with a ReLU, and `last` of 1x1 to `outputs` numbers a cell."""
     parts = [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(inplace=True)]
     for _ in range(hidden - 1):
         parts += [nn.Conv2d(width, width, 1), nn.ReLU(inplace=True)]
-    parts.append(nn.Conv2d(width, outputs, 1))
+    parts.append(last(width, outputs, 1))
     for part in parts:
         if isinstance(part, nn.Conv2d):
             nn.init.zeros_(part.bias)
@@ -170,10 +179,10 @@ class CenterFusion(nn.Module):
         self.arguments = {"radar": radar, "threshold": threshold, "max_distance": max_distance}
         first = {"hm": num_classes, **FIRST_STAGE, **({} if radar else RADAR_HEADS)}
         second = {**SECOND_STAGE, **RADAR_HEADS} if radar else {}
-        for output, count in first.items():
-            self.add_module(output, head(CHANNELS, count, 1, width))
-        for output, count in second.items():
-            self.add_module(output, head(CHANNELS + RADAR_CHANNELS, count, 3, width))
+        for inputs, hidden, outputs in ((CHANNELS, 1, first), (CHANNELS + RADAR_CHANNELS, 3, second)):
+            for output, count in outputs.items():
+                last = Exact if output in EXACT else nn.Conv2d
+                self.add_module(output, head(inputs, count, hidden, width, last))
         nn.init.constant_(self.hm[-1].bias, HEAT_BIAS)
         for depth in [self.dep, self.dep_sec] if radar and not refines else [self.dep]:
             nn.init.constant_(depth[-1].bias, DEPTH_BIAS)

@@ -219,6 +219,8 @@ def test_autocast_on_a_cpu(training, small):
     with torch.autocast("cpu", torch.bfloat16):
         outputs = small(images, association=radar_map)
     assert outputs["velocity"].dtype == torch.bfloat16
+    for name in centerfusion.EXACT:  # not a number of bfloat16 among float32
+        assert (outputs[name] != outputs[name].bfloat16().float()).any(), name
     if not training:
         exact = small(images, association=radar_map)
         for name in ("hm", "velocity"):
