@@ -3,7 +3,7 @@
 A first stage finds centres, sizes, depths and angles in the picture; radar returns are handed to what it found, and a
 second stage answers depth and angle again, velocity and attribute. Deformable convolutions are torchvision's. The
 ResNets, which have no published weights, are for small machines: plain convolutions in the place of deformable ones,
-and a second stage that corrects the first one's depth.
+and a second stage that corrects the radar's depth, or the first stage's where there is no radar.
 
 B pictures, h, w the size of the maps: a quarter of the picture's.
 """
@@ -159,8 +159,9 @@ class CenterFusion(nn.Module):
     name, body    its name, and what gives maps of stride 4 to 32
     block         what its upsampling is made of: DeformableNorm or `plain`
     width         channels within the heads
-    refines       dep_sec is what the second stage adds to dep, and it sees how far radar lies from that. The published
-                  head sees metres and answers whole depths, which takes very many steps to learn from the radar's
+    refines       dep_sec is what the second stage adds to the radar's depth where a box was handed any, else to dep,
+                  and it sees how far the two are apart. The published head sees metres and answers whole depths: to
+                  copy the radar's takes it very many steps
     radar         false: a network of the camera alone, velocity and attribute from its first stage
     threshold     how far from a box's depth its radar may lie: "published" or "paper" (see ops.radar)
     max_distance  of radar, metres; the second stage sees depth in parts of it
@@ -215,14 +216,15 @@ class CenterFusion(nn.Module):
     def second(self, seen, dep, association):
         """seen [B,64,h,w], the first stage's dep [B,1,h,w], association [B,3,h,w] -> pc_hm and raw heads."""
         depth, velocity = association.split([1, RADAR_CHANNELS - 1], dim=1)
-        near, dep = depth, dep.detach().float()
-        if self.refines:  # exp(-dep) is metres, so this is the logarithm of how many times farther radar says it is
-            metres = (depth * self.arguments["max_distance"]).clamp(min=1)
-            near = torch.where(depth > 0, metres.log() + dep, 0.0)
-        seen = torch.cat([seen, near.to(seen.dtype), velocity.to(seen.dtype)], dim=1)
+        sight, start = depth, None
+        if self.refines:  # exp(-dep) is metres; 0 for the head: radar and first stage agree, or there is no radar
+            dep, handed = dep.detach().float(), depth > 0
+            start = torch.where(handed, -(depth * self.arguments["max_distance"]).clamp(min=1).log(), dep)
+            sight = dep - start
+        seen = torch.cat([seen, sight.to(seen.dtype), velocity.to(seen.dtype)], dim=1)
         outputs = {"pc_hm": depth, **{name: getattr(self, name)(seen) for name in self.second_stage}}
         if self.refines:
-            outputs["dep_sec"] = outputs["dep_sec"] + dep
+            outputs["dep_sec"] = outputs["dep_sec"] + start
         return outputs
 
     def stages(self):

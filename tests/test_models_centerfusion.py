@@ -133,7 +133,7 @@ def test_the_second_stage_sees_what_is_associated(small):
 
 
 @pytest.mark.parametrize(("name", "seen_by_it"), [("resnet18", math.log(30 / 20)), ("dla34", 0.5)])
-def test_a_resnets_second_depth_corrects_the_first(name, seen_by_it):
+def test_a_resnets_second_depth_begins_at_the_radars(name, seen_by_it):
     """Radar at 30 m of 60, where the first stage says 20: logarithms apart for a ResNet, parts of 60 m as published."""
     net = models.build(f"centerfusion_{name}", 10)
     torch.nn.init.zeros_(net.dep_sec[-1].weight)
@@ -146,7 +146,9 @@ def test_a_resnets_second_depth_corrects_the_first(name, seen_by_it):
     torch.testing.assert_close(inputs[0][0, 64:, 2, 3], torch.tensor([seen_by_it, 7.0, -8.0]))
     assert inputs[0][0, 64:].count_nonzero() == 3
     torch.testing.assert_close(outputs["pc_hm"], association[:, :1])
-    start = dep.detach() if name == "resnet18" else torch.full_like(dep, centerfusion.DEPTH_BIAS)
+    start = torch.full_like(dep, -math.log(20.0) if name == "resnet18" else centerfusion.DEPTH_BIAS)
+    if name == "resnet18":
+        start[0, 0, 2, 3] = -math.log(30.0)
     torch.testing.assert_close(outputs["dep_sec"], start)
     outputs["dep_sec"].sum().backward()
     assert dep.grad is None  # the first stage learns from its own loss alone
