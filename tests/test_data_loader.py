@@ -1,5 +1,6 @@
 """What a step sees: every picture once an epoch, the same for any number of workers and processes."""
 
+import gc
 import hashlib
 import pickle
 import shutil
@@ -192,6 +193,25 @@ def test_targets_travel_without_shared_memory():
     assert isinstance(again, Targets) and again[0]["image_id"] == 3
     torch.testing.assert_close(again[0]["boxes"], targets[0]["boxes"], rtol=0, atol=0)
     assert again[0]["labels"].shape == (0,) and again[0]["labels"].dtype == torch.int64
+
+
+class _Frozen(torch.utils.data.Dataset):
+    """How many objects the garbage collector leaves alone."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, key):
+        return gc.get_freeze_count()
+
+
+def test_workers_leave_what_they_share_to_their_parent():
+    """A collection in a worker would copy every page of Python's objects: they are frozen there, and there alone."""
+    batches = loader.train_loader(_Frozen(), loader.StepSampler(4, 2, 2, 0), 1, collate=list)
+    assert all(count > 10_000 for batch in batches for count in batch)
+    batches = loader.evaluation_loader(_Frozen(), 2, 1, collate=list)
+    assert all(count > 10_000 for batch in batches for count in batch)
+    assert gc.get_freeze_count() < 10_000
 
 
 def test_spawned_workers(dataset):
