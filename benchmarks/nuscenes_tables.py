@@ -8,7 +8,8 @@ process then opens them, twice: from the tables, and from the arrays that the fi
 written, so no disk is measured. Seconds are told by the clock, and of CPU, for a machine with other work to do. Memory
 is the process's peak, and what Python and torch had taken before. Goals: 90 seconds and 6 GB, then 3 seconds and 1 GB.
 Workers: two loader processes read what the tables say of pictures all over the set, and look before and after at how
-much memory they have to themselves, what the garbage collector takes included. Goal: 20 MB more at most. Only Linux tells.
+much memory they have to themselves, what the garbage collector takes included. Goal: 20 MB more at most. Only Linux
+tells.
 """
 
 import argparse
