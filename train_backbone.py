@@ -24,7 +24,7 @@ from evaluation.classification import TopK, score_labels
 from losses import classification
 from models import WeightsError, backbones, published
 from ops.images import normalize
-from training import checkpoints, devices, flags, log, optimizers, pictures, schedule
+from training import checkpoints, devices, flags, log, optimizers, pictures, rehearsal, schedule
 from training.modes import train_mode
 
 USAGE = "python train_backbone.py --arch resnet18 --data FOLDER --model-dir RUN [flags]"
@@ -33,35 +33,37 @@ TAGS = {"loss": "Loss", "top1": "Accuracy top-1", "top5": "Accuracy top-5"}  # m
 
 def parse_args(argv):
     parser = argparse.ArgumentParser("train_backbone.py", USAGE, __doc__, formatter_class=flags.HelpFormatter)
+    count, amount, share = flags.number(int, 0), flags.number(float, 0), flags.number(float, 0, most=1)
     arg = parser.add_argument_group("data").add_argument
     arg("--data", default="data", help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
     arg("--train", default="", metavar="DIR", help="folder of the training classes, if it is no train in --data")
     arg("--val", default="", metavar="DIR", help="folder of the validation classes, if it is no val in --data")
-    arg("--resolution", type=flags.number(int, 1), default=224, help="pixels a side of the network's input")
-    arg("--crop-scale", type=float, nargs=2, default=[0.53, 1.0], help="augmentation: share of the picture to crop")
-    arg("--jitter", type=float, default=0.03, help="augmentation: change of brightness, contrast, saturation, hue")
-    arg("--erase", type=float, default=0.0, help="augmentation: chance of a rectangle of mean colour")
-    arg("--mixup", type=float, default=0.0, help="augmentation: alpha of mixup; 0: off")
-    arg("--cutmix", type=float, default=0.0, help="augmentation: alpha of cutmix; with both, either by chance")
-    arg("--val-resize", type=flags.number(int, 0), default=0, help="shortest side before the middle is cut out")
+    arg("--resolution", type=flags.number(int, 1), default=224, help="pixels a side of the pictures trained on")
+    arg("--crop-scale", type=share, nargs=2, default=[0.53, 1.0], help="augmentation: share of the picture to crop")
+    arg("--jitter", type=share, default=0.03, help="augmentation: change of brightness, contrast, saturation, hue")
+    arg("--erase", type=share, default=0.0, help="augmentation: chance of a rectangle of mean colour")
+    arg("--mixup", type=amount, default=0.0, help="augmentation: alpha of mixup; 0: off")
+    arg("--cutmix", type=amount, default=0.0, help="augmentation: alpha of cutmix; with both, either by chance")
+    arg("--val-resolution", type=count, default=0, help="validation: pixels a side; 0: as --resolution")
+    arg("--val-resize", type=count, default=0, help="validation: shortest side before the crop; 0: --val-resolution")
 
     arg = parser.add_argument_group("network").add_argument
     arg("--arch", "--net", choices=tuple(backbones.NETWORKS), default="resnet18", help="architecture")
-    arg("--width-mult", type=float, default=1.0, help="width of mobilenet_v2")
+    arg("--width-mult", type=amount, default=1.0, help="of mobilenet_v2; train_ssd.py takes whole numbers alone")
     arg("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     arg("--weights", default="", metavar="FILE", help="start from these: a backbone.pt, or torchvision's file")
 
     arg = parser.add_argument_group("learning rate and loss").add_argument
-    arg("--learning-rate", "--lr", dest="lr", type=float, default=0.1, help="at --batch-size")
+    arg("--learning-rate", "--lr", dest="lr", type=amount, default=0.1, help="at --batch-size")
     arg("--scheduler", choices=schedule.NAMES, default="multi-step", help="learning rate over time")
-    arg("--steps", type=flags.number(int, 0), default=0, help="length of the run in steps; 0: --epochs")
+    arg("--steps", type=count, default=0, help="length of the run in steps; 0: --epochs")
     steps = "milestones in steps, such as 150000,300000; else --milestones, in epochs"
     arg("--milestone-steps", type=flags.numbers, help=steps)
-    arg("--label-smoothing", type=float, default=0.0, help="share of a label that all classes get")
-    arg("--validation-steps", type=flags.number(int, 0), default=0, help="validate every so many steps; 0: by epochs")
+    arg("--label-smoothing", type=flags.number(float, 0, 1), default=0.0, help="share of a label that all classes get")
+    arg("--validation-steps", type=count, default=0, help="validate every so many steps; 0: by epochs")
     flags.add_data_arguments(parser)
     flags.add_run_arguments(parser)
-    source = {"batch_size": 128, "epochs": 90, "milestones": "30,60,80", "weight_decay": 1e-4}
+    source = {"batch_size": 128, "lr_batch_size": 128, "epochs": 90, "milestones": "30,60,80", "weight_decay": 1e-4}
     parser.set_defaults(model_dir="runs/backbone", **source)
     return flags.parse(parser, argv)
 
@@ -106,14 +108,15 @@ def log_evaluation(logger, step, metrics, kept, names):
         logger.images("Predictions (truth where wrong)", pictures.sheet(images, labels, found, names), step)
 
 
-def preflight(net, train_set, args, run):
+def preflight(net, wrapped, optimizer, train_set, args, run):
     """A batch forward, backward and through evaluation, then the peaks of memory."""
-    batch = loader.collate_labels([train_set[i % len(train_set)] for i in range(args.batch_size)])
+    batch = loader.collate_labels([train_set[i % len(train_set)] for i in range(args.batch_size // run.world)])
+    rehearsal.allocate(optimizer)
     images, labels, _ = batch
     pixels = normalize(images.to(run.device), net.image_mean, net.image_std)
     for part, part_labels in zip(pixels.chunk(args.accumulate), labels.to(run.device).chunk(args.accumulate)):
         with run.autocast():
-            logits = net(part)
+            logits = wrapped(part)
         classification.loss(logits, part_labels, args.batch_size)["cross_entropy"].backward()
     evaluate(net, [batch], run)
     run.say(f"preflight: {len(images)} pictures at {args.resolution} pixels")
@@ -126,21 +129,26 @@ def main(argv=None):
     out, batch = Path(args.model_dir), args.batch_size
     devices.check_batch(run, batch, args.accumulate)
     monitor = flags.choose_monitor(args.monitor, "top1", TAGS)
+    flags.need_weights(args.eval_only, args.resume or args.pretrained or args.weights, "--weights")
+    val_size = args.val_resolution or args.resolution
+    if 0 < args.val_resize < val_size:
+        raise flags.UsageError(f"--val-resize {args.val_resize}: give 0, or at least the {val_size} pixels cut out")
+    if args.width_mult != 1 and args.arch != "mobilenet_v2":
+        raise flags.UsageError(f"--width-mult: {args.arch} has one width; leave it out, or give --arch mobilenet_v2")
 
     # data
-    resume = (args.resume, args.overwrite, args.eval_only, "--weights")
+    resume = (args.resume, args.overwrite, args.eval_only or args.preflight, "--weights")
     saved = None if args.check_data else checkpoints.open_run(out, *resume)
     trained = saved and saved["classes"]
     if not run.is_main:
         run.barrier()  # the main process lists the files, the others read its list
-    train_set, val_set = folders.load(args.data, args.train, args.val, trained, out, args.seed, run.say)
+    faults = []
+    sets = folders.load(args.data, args.train, args.val, trained, out, args.seed, run.say, faults)
     if run.is_main:
         run.barrier()
     if args.check_data:
-        return check.check_data(train_set, val_set, [], args.workers, out / "data_faults.json", run.say)
-    if args.bad_images == "skip":
-        train_set, val_set = (check.skip_unreadable(one, args.workers, run.say) for one in (train_set, val_set))
-    run.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
+        return check.check_data(*sets, faults, args.workers, out / "data_faults.json", run.say)
+    train_set, val_set = folders.settle(*sets, faults, args.bad_images, args.workers, run.say)
     truth = score_labels(TopK(), val_set.labels, len(val_set.classes))
     run.say(f"ground truth scored as predictions: top-1 {truth['top1']:.3f}")
 
@@ -149,10 +157,10 @@ def main(argv=None):
     net = models.build(args.arch, len(train_set.classes), **arguments)
     net.classes, size = train_set.classes, (args.resolution, args.resolution)
     if not saved:
-        published.begin_backbone(net, args.pretrained, args.weights, run.is_main, run.say)
+        published.begin_backbone(net, args.pretrained, args.weights, run.is_main, run.say, args.eval_only)
     net.to(run.device, memory_format=torch.channels_last)
     train_set.transform = transforms.classify_train(args.resolution, args.crop_scale, args.jitter, args.erase)
-    val_set.transform = transforms.classify_evaluate(args.val_resize or args.resolution, args.resolution)
+    val_set.transform = transforms.classify_evaluate(args.val_resize or val_size, val_size)
     pin, collate = run.device.type == "cuda", loader.collate_labels
     val_batches = loader.evaluation_loader(val_set, batch, args.workers, run.rank, run.world, pin, collate)
     mixers = [v2.MixUp(alpha=args.mixup, num_classes=net.num_classes)] if args.mixup else []
@@ -186,14 +194,15 @@ def main(argv=None):
     progress = checkpoints.Progress()
     state = {"model": net, "optimizer": optimizer, "scaler": run.scaler, "ema": ema}
     if saved:
-        checkpoints.restore(saved, state, progress)
+        checkpoints.restore(saved, state, progress, args.eval_only)
         for line in checkpoints.changed(saved["flags"], vars(args)):
             run.say(f"  changed: {line}")
-    about = {**models.describe(net), "image_size": size}
+    about = {**models.describe(net), "image_size": (val_size, val_size)}
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
     run.say(f"{net.name}, {args.resolution} pixels, {parameters:.1f} M parameters, {devices.describe(run)}")
     if args.preflight:
-        return preflight(net, train_set, args, run)
+        with devices.memory_advice(run, size, batch, args.accumulate):
+            return preflight(net, wrapped, optimizer, train_set, args, run)
     if args.eval_only:
         with ema.applied(net):
             metrics, topk, _ = evaluate(net, val_batches, run)
@@ -209,9 +218,9 @@ def main(argv=None):
     balance = train_set.balance_weights() if args.balance_data else None
     sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, run.rank, run.world, balance)
     batches = loader.train_loader(train_set, sampler, args.workers, pin, collate)
-    showing = (args.debug_steps, vars(args), args.log_level)
-    logger = log.Logger(out, total, progress.step, run.is_main, *showing)
+    logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), args.log_level)
     meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
+    whole = {**state, **about, "progress": progress, "flags": vars(args)}
     right, shown = log.Meter(), set(range(0, len(val_set), -(-len(val_set) // 16)))  # 16 pictures, from all classes
     with checkpoints.StopSignals() as stop, logger, devices.memory_advice(run, size, batch, args.accumulate):
         for images, labels, image_ids in logger.steps(batches):
@@ -244,7 +253,7 @@ def main(argv=None):
             stopping = run.any(stop.requested)
             saving = epoch or stopping or schedule.due(step, args.save_every_steps, total) or step == total
             if saving or logger.due(step):
-                values = {"loss": log.read_losses(meter, run, optimizer, out)["loss"]}
+                values = {"loss": log.read_losses(meter, run, optimizer, out, train_set.paths)["loss"]}
                 values |= {name: float(run.mean(value)) for name, value in right.read().items()}
                 values = {TAGS[name] + "/train": value for name, value in values.items()}
                 values["lr"] = optimizer.param_groups[-1]["lr"]
@@ -255,6 +264,7 @@ def main(argv=None):
             if args.validation_steps:
                 due = schedule.due(step, args.validation_steps, total)
             if not stopping and (due or step == total):
+                checkpoints.save(out, whole)  # a kill in here loses no step
                 with ema.applied(net), logger.paused():
                     run.share_statistics(net)
                     metrics, topk, kept = evaluate(net, val_batches, run, keep=shown)
@@ -265,7 +275,6 @@ def main(argv=None):
                 log_evaluation(logger, step, metrics, kept, net.classes)
             if saving or best:
                 copies = schedule.copies(epoch, step, args.save_every_epochs, args.save_every_steps)
-                whole = {**state, **about, "progress": progress, "flags": vars(args)}
                 checkpoints.save(out, whole, best=best, keep=args.keep, **copies)
             if stopping or (args.patience and progress.stale >= args.patience):
                 break
@@ -276,9 +285,8 @@ def main(argv=None):
     if metrics:
         run.say(f"top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f}\n{topk.table(net.classes)}")
     if progress.best is not None:
-        run.say(
-            f"best {monitor} {progress.best:.4g} at step {progress.best_step}, its weights in {out / 'backbone.pt'}"
-        )
+        weights = f", its weights in {out / 'backbone.pt'}" if (out / "backbone.pt").is_file() else ""
+        run.say(f"best {monitor} {progress.best:.4g} at step {progress.best_step}{weights}")
     run.say(f"checkpoints, curves and pictures: tensorboard --logdir {out}")
     return metrics
 

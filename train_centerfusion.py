@@ -21,7 +21,7 @@ from losses import assignment, centerfusion
 from models import WeightsError, published
 from ops.geometry import apply_affine, project, seen
 from ops.radar import inputs
-from training import checkpoints, devices, flags, log, optimizers, pictures3d, schedule
+from training import checkpoints, devices, flags, log, optimizers, pictures3d, rehearsal, schedule
 from training.modes import train_mode
 
 USAGE = "python train_centerfusion.py --data FOLDER --pointcloud --velocity --nuscenes_att --model-dir RUN [flags]"
@@ -40,12 +40,12 @@ def parse_args(argv):
     arg("--cache-dir", default="", metavar="DIR", help="where the tables are kept as arrays; else beside them")
     arg("--skip-missing", action="store_true", help="leave out pictures and sweeps whose files are missing")
     arg("--input-size", type=int, nargs=2, default=[448, 800], metavar=("H", "W"), help="pixels, multiples of 32")
-    arg("--shuffle_train", action="store_true", help="as ever: training is always shuffled")
-    arg("--not_rand_crop", action="store_true", help="as ever: the picture is scaled and shifted, never cropped")
-    arg("--flip", type=float, default=0.5, help="augmentation: chance of a mirror image")
-    arg("--shift", type=float, default=0.1, help="augmentation: greatest shift, in parts of the picture")
-    arg("--scale", type=float, default=0.0, help="augmentation: greatest change of size, in parts of the picture")
-    arg("--colour", type=float, default=0.0, help="augmentation: chance of each colour change")
+    arg("--shuffle_train", "--not_rand_crop", action="store_true", help="as ever: always shuffled, never cropped")
+    arg("--flip", type=flags.chance, default=0.5, help="augmentation: chance of a mirror image")
+    arg("--shift", type=flags.unsigned, default=0.1, help="standard deviation in longer sides, cut at twice that")
+    arg("--scale", type=flags.number(float, 0, 1), default=0.0, help="standard deviation of the zoom, cut at that")
+    arg("--colour", type=flags.chance, default=0.5, help="augmentation: chance of each colour change")
+    arg("--bad-boxes", choices=("drop", "error"), default="drop", help="boxes without size, place or rotation")
 
     arg = parser.add_argument_group("radar").add_argument
     arg("--pointcloud", action="store_true", help="use radar; without it the camera alone")
@@ -53,8 +53,7 @@ def parse_args(argv):
     arg("--pc_z_offset", type=float, default=0.0, help="metres that radar points are moved up by")
     arg("--pillar_dims", type=flags.numbers, default="1.5,0.2,0.2", help="height, width, length of a pillar in metres")
     arg("--max_pc_dist", type=float, default=60.0, help="radar points farther away than this are dropped")
-    reach = "how far a return may be from a box: published: as the published weights had it; paper: half its extent"
-    arg("--frustum", choices=("published", "paper"), default="published", help=reach)
+    arg("--frustum", choices=("published", "paper"), default="published", help="reach of a box; paper: half its extent")
 
     arg = parser.add_argument_group("network").add_argument
     arg("--arch", choices=("dla34", "resnet18", "resnet34"), default="dla34", help="of the body")
@@ -64,7 +63,7 @@ def parse_args(argv):
     arg("--nuscenes_att", action="store_true", help="train the attribute head")
 
     arg = parser.add_argument_group("learning rate and validation").add_argument
-    arg("--learning-rate", "--lr", dest="lr", type=float, default=2.5e-4, help="at --batch-size")
+    arg("--learning-rate", "--lr", dest="lr", type=flags.unsigned, default=2.5e-4, help="at --batch-size")
     arg("--scheduler", choices=schedule.NAMES, default="multi-step", help="learning rate over time")
     arg("--save_point", type=flags.numbers, default="20,40,50", help="epochs whose checkpoint is kept")
     arg("--run_dataset_eval", action="store_true", help="score by nuscenes-devkit too")
@@ -72,7 +71,7 @@ def parse_args(argv):
     flags.add_run_arguments(parser)
     flags.add_data_arguments(parser)
     source = {"batch_size": 32, "epochs": 60, "optimizer": "adam", "weight_decay": 0.0, "workers": 4}
-    parser.set_defaults(model_dir="", milestones="50", **source)
+    parser.set_defaults(model_dir="", milestones="50", lr_batch_size=32, **source)
     return flags.parse(parser, argv)
 
 
@@ -80,15 +79,14 @@ def parse_args(argv):
 def evaluate(net, batches, run, args, inputs_of, assign, sums_of, evaluator=None, out=None, keep=0):
     """Losses and, with an evaluator, OUT/submission.json and its score -> (metrics, [(image, target, found)] to see).
 
-    Radar is handed to the network's own peaks, as in use. Batch norm statistics stay untouched. Every process takes
-    its share of the pictures, all get the same metrics. keep: the first so many pictures with objects come back.
+    Every process takes its share of the pictures, all get the same metrics. keep: pictures with objects to give back.
     """
     net.eval()
     totals, kept = torch.zeros(len(centerfusion.COUNTS), dtype=torch.float64), []
     sums = {head: torch.zeros_like(totals) for head in centerfusion.WEIGHTS if hasattr(net, head)}
     for images, targets in batches:
         with run.autocast():
-            outputs = net(*inputs_of(images, targets))
+            outputs = net(*inputs_of(images, targets))  # radar is handed to the network's own peaks, as in use
         goals = assign(targets, run.device)
         for head, terms in sums_of(outputs, goals).items():
             sums[head] += terms.double().cpu()
@@ -97,7 +95,7 @@ def evaluate(net, batches, run, args, inputs_of, assign, sums_of, evaluator=None
             turned = [nuscenes_transforms.mirrored(target, images.shape[-1]) for target in targets]
             with run.autocast():
                 outputs = nuscenes.flip_averaged(outputs, net(*inputs_of(images.flip(-1), turned)))
-        found = nuscenes.decode(outputs, targets, STRIDE)
+        found = nuscenes.decode(outputs, targets, STRIDE, without=nuscenes.untrained(net))
         kept += [sample for sample in zip(images, targets, found) if len(sample[1]["labels"])][: keep - len(kept)]
         if evaluator is not None:
             evaluator.update(targets, found)
@@ -112,8 +110,7 @@ def evaluate(net, batches, run, args, inputs_of, assign, sums_of, evaluator=None
 def log_pictures(logger, step, kept, surest=0.3):
     """Truth over predictions on the camera's picture, with radar, and both from above, for TensorBoard."""
     for number, (image, target, found) in enumerate(kept):
-        sure = found["scores"] > surest
-        both = target, {name: value[sure].cpu() for name, value in found.items()}
+        both = target, {name: value[found["scores"] > surest] for name, value in found.items()}
         points, distances = project(target["radar"][:, :3], target["calib"])
         points, views, solids = apply_affine(points, target["affine"]), [], []
         for boxes in both:
@@ -124,14 +121,15 @@ def log_pictures(logger, step, kept, surest=0.3):
         logger.images(f"From above, truth green/{number}", pictures3d.from_above(*solids, target["radar"]), step)
 
 
-def preflight(net, train_set, args, run, inputs_of, assign, sums_of):
+def preflight(net, wrapped, optimizer, train_set, args, run, inputs_of, assign, sums_of):
     """A batch of the fullest key frames forward, backward and through evaluation, then the peaks of memory."""
-    images, targets = loader.collate([train_set[i] for i in train_set.fullest(args.batch_size)])
+    images, targets = loader.collate([train_set[i] for i in train_set.fullest(args.batch_size // run.world)])
+    rehearsal.allocate(optimizer)
     pixels, radar_map, calib = inputs_of(images, targets)
     goals = assign(targets, run.device, radar_map, calib)
     for part, part_goals in assignment.pieces(args.accumulate, pixels, goals):
         with run.autocast():
-            outputs = net(part, association=part_goals.get("radar"))
+            outputs = wrapped(part, association=part_goals.get("radar"))
         torch.stack([terms.sum() for terms in sums_of(outputs, part_goals).values()]).sum().backward()
     evaluate(net, [(images, targets)], run, args, inputs_of, assign, sums_of)
     run.say(devices.memory_peaks(run, args.workers, images.nbytes))
@@ -145,20 +143,26 @@ def main(argv=None):
     devices.check_batch(run, batch, args.accumulate)
     if any(side <= 0 or side % 32 for side in args.input_size):
         raise flags.UsageError(f"--input-size {args.input_size}: height and width must be multiples of 32, as 448 800")
-    heads = [name for name in centerfusion.WEIGHTS if args.pointcloud or not name.endswith("_sec")]
+    if len(args.pillar_dims) != 3 or not all(0 < side < float("inf") for side in args.pillar_dims):
+        raise flags.UsageError(f"--pillar_dims {args.pillar_dims}: must be three numbers above 0, as 1.5,0.2,0.2")
+    if args.run_dataset_eval and args.monitor in nuscenes.MEASURES and not nuscenes.has_devkit():
+        raise flags.UsageError(f"--monitor {args.monitor}: first do pip install -r requirements-nuscenes.txt")
+    asked = {"velocity": args.velocity, "nuscenes_att": args.nuscenes_att}  # 0: the head stays as it is
+    heads = [name for name in centerfusion.WEIGHTS if asked.get(name, args.pointcloud or not name.endswith("_sec"))]
+    flags.need_weights(args.eval_only, args.resume or args.load_model, "--load_model")
     monitor = flags.choose_monitor(args.monitor, "loss", ["loss", *heads, *nuscenes.MEASURES * args.run_dataset_eval])
 
     # data
-    resume = (args.resume, args.overwrite, args.eval_only, "--load_model")
+    resume = (args.resume, args.overwrite, args.eval_only or args.preflight, "--load_model")
     saved = None if args.check_data else checkpoints.open_run(out, *resume)
-    tables = {"sweeps": args.radar_sweeps * args.pointcloud, "max_distance": args.max_pc_dist}
-    tables |= {"z_offset": args.pc_z_offset, "cache": args.cache_dir or None}
-    tables |= {"skip_missing": args.skip_missing or args.check_data, "seed": args.seed, "say": run.say}
-    read = functools.partial(nuscenes_radar.load, args.data, args.version, **tables)
+    tables = {"skip_missing": args.skip_missing or args.check_data, "cache": args.cache_dir or None, "say": run.say}
+    tables |= {"sweeps": args.radar_sweeps * args.pointcloud, "z_offset": args.pc_z_offset, "seed": args.seed}
+    read = functools.partial(nuscenes_radar.load, args.data, args.version, max_distance=args.max_pc_dist, **tables)
     train_set, val_set = read(args.train_split), read(args.val_split)
+    faults = check.each_once(train_set.faults() + val_set.faults())
     if args.check_data:
-        found = (train_set.faults() + val_set.faults(), args.workers, out / "data_faults.json", run.say)
-        return check.check_data(train_set, val_set, *found)
+        return check.check_data(train_set, val_set, faults, args.workers, out / "data_faults.json", run.say)
+    check.settle([fault for fault in faults if fault.kind == "box"], args.bad_boxes, "skip", run.say)
     if args.bad_images == "skip":
         train_set, val_set = (check.skip_unreadable(each, args.workers, run.say) for each in (train_set, val_set))
     run.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
@@ -166,19 +170,16 @@ def main(argv=None):
     # network
     limits = {"threshold": args.frustum, "max_distance": args.max_pc_dist}
     net = models.build(f"centerfusion_{args.arch}", len(train_set.classes), radar=args.pointcloud, **limits)
-    net.classes, size = list(train_set.classes), tuple(args.input_size)
+    net.classes, size, pin = list(train_set.classes), tuple(args.input_size), run.device.type == "cuda"
     if not saved:
         published.begin_centerfusion(net, args.load_model, run.say)
     net.to(run.device, memory_format=torch.channels_last)
     train_set.transform = nuscenes_transforms.train(size, args.flip, args.shift, args.scale, args.colour)
     val_set.transform = nuscenes_transforms.evaluate(size)
-    share, pin = (run.rank, run.world), run.device.type == "cuda"
-    val_batches = loader.evaluation_loader(val_set, batch, args.workers, *share, pin)
+    val_batches = loader.evaluation_loader(val_set, batch, args.workers, run.rank, run.world, pin)
 
     # loss
-    maps = {"size": [side // STRIDE for side in size], "stride": STRIDE, "num_classes": net.num_classes}
-    assign = functools.partial(centerfusion.assign, **maps, **limits)
-    asked = {"velocity": args.velocity, "nuscenes_att": args.nuscenes_att}  # 0: the head stays as it is
+    assign = functools.partial(centerfusion.assign, size=[side // STRIDE for side in size], stride=STRIDE, **limits)
     class_weights = classes.class_weights(args.class_weights, net.classes)
     class_weights = class_weights and torch.tensor(class_weights[1:], device=run.device)
     weights = {"weights": centerfusion.WEIGHTS | asked, "class_weights": class_weights}
@@ -207,7 +208,7 @@ def main(argv=None):
     progress = checkpoints.Progress()
     state = {"model": net, "optimizer": optimizer, "scaler": run.scaler, "ema": ema}
     if saved:
-        checkpoints.restore(saved, state, progress)
+        checkpoints.restore(saved, state, progress, args.eval_only)
         for line in checkpoints.changed(saved["flags"], vars(args)):
             run.say(f"  changed: {line}")
     about = {**models.describe(net), "image_size": size, "flags": vars(args)}
@@ -215,25 +216,24 @@ def main(argv=None):
     split = (args.data, args.version, args.val_split, ("camera", "radar") if args.pointcloud else ("camera",))
     scorer = functools.partial(nuscenes.NuScenesEvaluator, *split, say=run.say)
     if args.preflight:
-        return preflight(net, train_set, args, run, *steps_of)
+        with devices.memory_advice(run, size, batch, args.accumulate):
+            return preflight(net, wrapped, optimizer, train_set, args, run, *steps_of)
     if args.run_dataset_eval and run.is_main:
-        truth = nuscenes.score_truth(scorer(merge=0.5), map(val_set.annotation, range(len(val_set))))
-        run.say(f"ground truth scored as predictions: NDS {truth['NDS']:.3f}" if truth else "")
+        run.say(nuscenes.score_truth(scorer(merge=0.5), map(val_set.annotation, range(len(val_set)))))
     if args.eval_only:
         with ema.applied(net):
             metrics, _ = evaluate(net, val_batches, run, args, *steps_of, scorer(), out)
-        run.say(json.dumps(metrics, indent=1) + f"\n{out}/submission.json written")
+        run.say(json.dumps(metrics, indent=1) + f"\n{out}/submission.json" + " and per_class.csv" * ("mAP" in metrics))
         run.close()
         return metrics
 
     # train
     for warning in devices.check_machine(args.workers, 3 * size[0] * size[1] * batch // run.world):
         run.say(f"WARNING: {warning}")
-    balance = train_set.balance_weights() if args.balance_data else None
-    sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, *share, balance)
+    share = (run.rank, run.world, train_set.balance_weights() if args.balance_data else None)
+    sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, *share)
     batches = loader.train_loader(train_set, sampler, args.workers, pin)
-    showing = (args.debug_steps, vars(args), args.log_level)
-    logger = log.Logger(out, total, progress.step, run.is_main, *showing)
+    logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), args.log_level)
     meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
     with checkpoints.StopSignals() as stop, logger, devices.memory_advice(run, size, batch, args.accumulate):
         for images, targets in logger.steps(batches):
@@ -264,13 +264,14 @@ def main(argv=None):
             stopping = run.any(stop.requested)
             saving = epoch or stopping or schedule.due(step, args.save_every_steps, total) or step == total
             if saving or logger.due(step):
-                losses = log.read_losses(meter, run, optimizer, out)
+                losses = log.read_losses(meter, run, optimizer, out, train_set.paths)
                 values = {f"train/{name}": value for name, value in losses.items()}
                 values["lr"] = optimizer.param_groups[-1]["lr"]
                 logger.log(step, values, images=(step - logged) * batch)
                 logged = step
             best = False
             if not stopping and ((epoch and epoch % args.validation_epochs == 0) or step == total):
+                checkpoints.save(out, {**state, **about, "progress": progress})  # a kill in here loses no step
                 with ema.applied(net), logger.paused():
                     run.share_statistics(net)
                     official = (scorer(), out) if args.run_dataset_eval else ()
@@ -278,8 +279,7 @@ def main(argv=None):
                 train_mode(net, frozen, args.freeze_bn)
                 logger.log(step, {f"val/{name}": value for name, value in metrics.items()})
                 log_pictures(logger, step, kept)
-                if monitor in metrics:  # without nuscenes-devkit there are losses alone
-                    best = progress.improved(metrics[monitor], lower_is_better=monitor not in ("NDS", "mAP"))
+                best = progress.improved(metrics[monitor], lower_is_better=monitor not in ("NDS", "mAP"))
             if saving:
                 copies = schedule.copies(epoch, step, args.save_every_epochs, args.save_every_steps)
                 copies |= {"epoch_copy": epoch} if epoch in args.save_point else {}

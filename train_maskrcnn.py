@@ -27,7 +27,7 @@ from models import WeightsError, published
 from ops import masks
 from ops.boxes import in_file_pixels
 from ops.images import normalize
-from training import checkpoints, devices, flags, log, optimizers, pictures, schedule
+from training import checkpoints, devices, flags, log, optimizers, pictures, rehearsal, schedule
 from training.modes import train_mode
 
 USAGE = "python train_maskrcnn.py --data FOLDER --model-dir RUN [flags]"
@@ -45,26 +45,26 @@ def parse_args(argv):
     sides = "shortest side in pixels; of several, training draws one for each picture and validation takes the last"
     arg("--min-side", type=flags.number(int, 1), nargs="+", default=[800], help=sides)
     arg("--max-side", type=flags.number(int, 1), default=1333, help="bound on the longest side")
-    arg("--flip", type=float, default=0.5, help="augmentation: chance of a mirror image")
-    arg("--colour", type=float, default=0.0, help="augmentation: chance of each colour change")
+    arg("--flip", type=flags.chance, default=0.5, help="augmentation: chance of a mirror image")
+    arg("--colour", type=flags.chance, default=0.0, help="augmentation: chance of each colour change")
 
     arg = parser.add_argument_group("network").add_argument
     arg("--arch", choices=tuple(models.maskrcnn.NETWORKS), default="maskrcnn_resnet50", help="network")
     arg("--proposals", type=flags.number(int, 0), default=0, help="regions a picture in validation; 0: the network's")
     start = "start from a Mask R-CNN or a ResNet, ours or torchvision's; auto: its COCO, else its ImageNet weights"
-    looked = "regions a picture that the heads learn from; 128 takes a quarter off a step on small machines"
-    arg("--regions", type=flags.number(int, 1), default=512, help=looked)
+    arg("--regions", type=flags.number(int, 1), default=512, help="regions a picture to learn from; 128: faster")
     arg("--weights", "--pretrained", default="auto", metavar="auto|coco|imagenet|none|FILE", help=start)
     arg("--freeze-stages", type=int, choices=range(6), default=0, help="stages of the ResNet to keep as they are")
 
     arg = parser.add_argument_group("learning rate").add_argument
-    arg("--learning-rate", "--lr", dest="lr", type=float, default=0.005, help="of all but the backbone")
-    arg("--backbone-lr", type=float, help="of the backbone; as --lr if not given")
+    arg("--learning-rate", "--lr", dest="lr", type=flags.unsigned, default=0.005, help="of all but the backbone")
+    arg("--backbone-lr", type=flags.unsigned, help="of the backbone; as --lr if not given")
     arg("--scheduler", choices=schedule.NAMES, default="multi-step", help="learning rate over time")
     flags.add_detection_arguments(parser, masks=True)
     flags.add_data_arguments(parser)
     flags.add_run_arguments(parser)
-    parser.set_defaults(model_dir="runs/maskrcnn", batch_size=2, epochs=10, milestones="3,6,9", freeze_bn=True)
+    source = {"batch_size": 2, "lr_batch_size": 2, "epochs": 10, "milestones": "3,6,9"}
+    parser.set_defaults(model_dir="runs/maskrcnn", freeze_bn=True, **source)
     return flags.parse(parser, argv)
 
 
@@ -77,7 +77,7 @@ def load(args, saved, run, out):
     held_out = kept.read_text(encoding="utf-8").splitlines() if saved and kept.is_file() else None
     share = {"share": args.val_share, "split_seed": args.split_seed, "held_out": held_out}
     sets = detection.load_pennfudan(args.data, trained=trained, seed=args.seed, **share)
-    if run.is_main and held_out is None and not args.check_data:
+    if run.is_main and held_out is None and not (args.check_data or args.eval_only or args.preflight):
         out.mkdir(parents=True, exist_ok=True)
         kept.write_text("\n".join(pennfudan.names(sets[1])) + "\n", encoding="utf-8")
     return sets
@@ -122,15 +122,17 @@ def log_pictures(logger, step, kept, names):
         logger.images(f"Truth left, predictions right/{number}", beside, step)
 
 
-def preflight(net, train_set, collate, args, run):
-    """The batch with the most objects forward, backward and through evaluation, then the peaks of memory."""
-    images, targets = collate([train_set[i] for i in train_set.fullest(args.batch_size)])
+def preflight(net, wrapped, optimizer, train_set, size, collate, args, run):
+    """The largest padded batch forward, backward and through evaluation, then the peaks of memory."""
+    train_set.transform = transforms.pyramid_evaluate(*size)
+    images, targets = collate([train_set[i] for i in rehearsal.largest(train_set, args.batch_size // run.world, *size)])
+    rehearsal.allocate(optimizer)
     shapes = [tuple(target["shape"]) for target in targets]
     pixels = normalize(images.to(run.device), net.image_mean, net.image_std, shapes)
     for part in torch.arange(len(images)).chunk(args.accumulate):
         goals = maskrcnn.Goals([targets[i] for i in part], (args.seed, 0), regions=args.regions)
         with run.autocast():
-            outputs = net(pixels[part], [shapes[i] for i in part], goals.sample)
+            outputs = wrapped(pixels[part], [shapes[i] for i in part], goals.sample)
         sum(maskrcnn.sums(outputs, goals).values()).backward()
     evaluate(net, train_set, [(images, targets)], run, COCOEvaluator(net.classes, masks=True), (args.seed, 0))
     run.say(f"preflight: {len(images)} pictures, padded to {images.shape[-2]} x {images.shape[-1]}")
@@ -146,9 +148,10 @@ def main(argv=None):
     out, batch = Path(args.model_dir), args.batch_size
     devices.check_batch(run, batch, args.accumulate)
     monitor = flags.choose_monitor(args.monitor, "mask AP", ["loss", *maskrcnn.NORMALISERS, *MEASURES, *MASK_MEASURES])
+    flags.need_weights(args.eval_only, args.resume or args.weights not in ("auto", "imagenet", "none"), "--weights")
 
     # data
-    resume = (args.resume, args.overwrite, args.eval_only, "--weights")
+    resume = (args.resume, args.overwrite, args.eval_only or args.preflight, "--weights")
     saved = None if args.check_data else checkpoints.open_run(out, *resume)
     *sets, faults = load(args, saved, run, out)
     if args.check_data:
@@ -164,7 +167,7 @@ def main(argv=None):
     # network
     arguments = {"proposals": args.proposals} if args.proposals else {}
     net = models.build(args.arch, len(train_set.classes), **arguments)
-    net.classes = train_set.classes
+    net.classes, size = train_set.classes, (max(args.min_side), args.max_side)
     if not saved:
         published.begin_maskrcnn(net, args.weights, run.say, run.is_main)
     net.to(run.device, memory_format=torch.channels_last)
@@ -181,9 +184,8 @@ def main(argv=None):
     # optimiser
     frozen = net.stages()[: args.freeze_stages]
     train_mode(net, frozen, args.freeze_bn)
-    rates = {"backbone": args.backbone_lr or args.lr, "heads": args.lr}
-    decay = (args.weight_decay, args.norm_weight_decay)
-    optimizer = optimizers.build(args.optimizer, net.parameter_groups(), rates, *decay, args.momentum)
+    rates = ({"backbone": args.backbone_lr or args.lr, "heads": args.lr}, args.weight_decay, args.norm_weight_decay)
+    optimizer = optimizers.build(args.optimizer, net.parameter_groups(), *rates, args.momentum)
     wrapped = run.wrap(net, args.sync_bn, args.compile)  # before the averages: it gives all processes the same weights
     ema = checkpoints.Ema(net, args.ema)
 
@@ -199,13 +201,14 @@ def main(argv=None):
     progress = checkpoints.Progress()
     state = {"model": net, "optimizer": optimizer, "scaler": run.scaler, "ema": ema}
     if saved:
-        checkpoints.restore(saved, state, progress)
+        checkpoints.restore(saved, state, progress, args.eval_only)
         for line in checkpoints.changed(saved["flags"], vars(args)):
             run.say(f"  changed: {line}")
     about = {**models.describe(net), "min_side": args.min_side[-1], "max_side": args.max_side, "flags": vars(args)}
     run.say(f"{net.name}, {devices.describe(run)}")
     if args.preflight:
-        return preflight(net, train_set, collate, args, run)
+        with devices.memory_advice(run, size, batch, args.accumulate):
+            return preflight(net, wrapped, optimizer, train_set, size, collate, args, run)
     if args.eval_only:
         with ema.applied(net):
             coco = new_evaluator()
@@ -217,15 +220,12 @@ def main(argv=None):
         return metrics
 
     # train
-    size = (max(args.min_side), args.max_side)
     for warning in devices.check_machine(args.workers, 3 * size[0] * size[1] * batch // run.world):
         run.say(f"WARNING: {warning}")
-    balance, aspects = train_set.balance_weights() if args.balance_data else None, train_set.aspects()
-    share = (run.rank, run.world, balance, aspects)
+    share = (run.rank, run.world, train_set.balance_weights() if args.balance_data else None, train_set.aspects())
     sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, *share)
     batches = loader.train_loader(train_set, sampler, args.workers, pin, collate)
-    showing = (args.debug_steps, vars(args), args.log_level)
-    logger = log.Logger(out, total, progress.step, run.is_main, *showing)
+    logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), args.log_level)
     meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
     with checkpoints.StopSignals() as stop, logger, devices.memory_advice(run, size, batch, args.accumulate):
         for images, targets in logger.steps(batches):
@@ -258,13 +258,14 @@ def main(argv=None):
             stopping = run.any(stop.requested)
             saving = epoch or stopping or schedule.due(step, args.save_every_steps, total) or step == total
             if saving or logger.due(step):
-                losses = log.read_losses(meter, run, optimizer, out)
+                losses = log.read_losses(meter, run, optimizer, out, train_set.paths)
                 values = {f"train/{name}": value for name, value in losses.items()}
                 values["lr"] = optimizer.param_groups[-1]["lr"]
                 logger.log(step, values, images=(step - logged) * batch)
                 logged = step
             best = False
             if not stopping and ((epoch and epoch % args.validation_epochs == 0) or step == total):
+                checkpoints.save(out, {**state, **about, "progress": progress})  # a kill in here loses no step
                 with ema.applied(net), logger.paused():
                     run.share_statistics(net)
                     coco = new_evaluator()

@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 train_retinanet.py --config configs/retinanet_r50_coco.toml --coco_path data/coco
 
 The defaults are those of yhenon/pytorch-retinanet. The run folder gets what train_ssd.py's gets, and detections.json.
-Published COCO box AP of ResNet-50, not reproduced by us: 36.4 (torchvision, 1x), 33.5 (yhenon).
+Published COCO box AP of ResNet-50, not reproduced by us: 36.4 (torchvision, 26 epochs), 33.5 (yhenon).
 """
 
 import argparse
@@ -28,7 +28,7 @@ from models import WeightsError, published
 from ops import suppress
 from ops.boxes import in_file_pixels
 from ops.images import normalize
-from training import checkpoints, devices, flags, log, optimizers, pictures, schedule
+from training import checkpoints, devices, flags, log, optimizers, pictures, rehearsal, schedule
 from training.modes import train_mode
 
 USAGE = "python train_retinanet.py --dataset coco --coco_path FOLDER --model-dir RUN [flags]"
@@ -44,38 +44,37 @@ def parse_args(argv):
     sides = "shortest side in pixels; of several, training draws one for each picture and validation takes the last"
     arg("--min-side", type=flags.number(int, 1), nargs="+", default=[608], help=sides)
     arg("--max-side", type=flags.number(int, 1), default=1024, help="bound on the longest side")
-    arg("--flip", type=float, default=0.5, help="augmentation: chance of a mirror image")
-    arg("--colour", type=float, default=0.0, help="augmentation: chance of each colour change")
+    arg("--flip", type=flags.chance, default=0.5, help="augmentation: chance of a mirror image")
+    arg("--colour", type=flags.chance, default=0.0, help="augmentation: chance of each colour change")
 
     arg = parser.add_argument_group("network").add_argument
     arg("--depth", type=int, choices=(18, 34, 50, 101, 152), default=50, help="of the ResNet")
-    kinds = "anchors and box coding as in the published weights of that program"
-    arg("--anchors", choices=("yhenon", "torchvision"), default="yhenon", help=kinds)
-    arg("--anchor-scale", type=float, default=4.0, help="side of the smallest anchors in strides; 2 for small objects")
+    arg("--anchors", choices=("yhenon", "torchvision"), default="yhenon", help="and box coding, of that program")
+    arg("--anchor-scale", type=flags.number(float, 0.1), default=4.0, help="least side in strides; 2 for small objects")
     arg("--pretrained", default="", metavar="FILE", help="start from a whole RetinaNet, ours or published")
     start = "start from a ResNet: backbone.pt of train_backbone.py, or torchvision's file; auto: its ImageNet weights"
     arg("--backbone-weights", default="auto", metavar="auto|none|FILE", help=start)
     arg("--freeze-stages", type=int, choices=range(6), default=0, help="stages of the ResNet to keep as they are")
 
     arg = parser.add_argument_group("loss and detections").add_argument
-    arg("--match-iou", type=float, default=0.5, help="least IoU of an anchor that answers for a box")
-    arg("--background-iou", type=float, default=0.4, help="IoU below which an anchor is background")
+    arg("--match-iou", type=flags.chance, default=0.5, help="least IoU of an anchor that answers for a box")
+    arg("--background-iou", type=flags.chance, default=0.4, help="IoU below which an anchor is background")
     arg("--match-best", action="store_true", help="every box keeps its best anchor (torchvision does so)")
-    arg("--box-loss-weight", type=float, default=0.25, help="on the sum over the four offsets; 0.25: their mean")
-    arg("--score-threshold", type=float, default=0.05, help="least score of a detection")
-    arg("--nms-iou", type=float, default=0.5, help="IoU from which the lower score is suppressed")
+    arg("--box-loss-weight", type=flags.unsigned, default=0.25, help="on the sum over four offsets; 0.25: their mean")
+    arg("--score-threshold", type=flags.chance, default=0.05, help="least score of a detection")
+    arg("--nms-iou", type=flags.chance, default=0.5, help="IoU from which the lower score is suppressed")
     arg("--most-detections", type=flags.number(int, 1), default=100, help="detections a picture")
 
     arg = parser.add_argument_group("learning rate").add_argument
-    arg("--learning-rate", "--lr", dest="lr", type=float, default=1e-5, help="of all but the backbone")
-    arg("--backbone-lr", type=float, help="of the backbone; as --lr if not given")
+    arg("--learning-rate", "--lr", dest="lr", type=flags.unsigned, default=1e-5, help="of all but the backbone")
+    arg("--backbone-lr", type=flags.unsigned, help="of the backbone; as --lr if not given")
     shapes = "learning rate over time; plateau: x gamma where the loss of an epoch did not fall for 3"
     arg("--scheduler", choices=("plateau", *schedule.NAMES), default="plateau", help=shapes)
     flags.add_detection_arguments(parser)
     flags.add_data_arguments(parser)
     flags.add_run_arguments(parser)
     source = {"batch_size": 2, "workers": 3, "epochs": 100, "optimizer": "adam", "weight_decay": 0.0, "clip_norm": 0.1}
-    parser.set_defaults(model_dir="runs/retinanet", freeze_bn=True, **source)
+    parser.set_defaults(model_dir="runs/retinanet", freeze_bn=True, lr_batch_size=2, **source)
     return flags.parse(parser, argv)
 
 
@@ -127,14 +126,16 @@ def log_evaluation(logger, step, metrics, coco, voc, kept):
         coco.write(logger.folder / "detections.json")
 
 
-def preflight(net, train_set, collate, args, run, assign, criterion, detect):
-    """The batch with the most boxes forward, backward and through evaluation, then the peaks of memory."""
-    images, targets = collate([train_set[i] for i in train_set.fullest(args.batch_size)])
+def preflight(net, wrapped, optimizer, train_set, size, collate, args, run, assign, criterion, detect):
+    """The largest padded batch forward, backward and through evaluation, then the peaks of memory."""
+    train_set.transform = transforms.pyramid_evaluate(*size)
+    images, targets = collate([train_set[i] for i in rehearsal.largest(train_set, args.batch_size // run.world, *size)])
+    rehearsal.allocate(optimizer)
     goals = assign(net.anchors(images.shape[-2:]), targets, net.box_weights)
     pixels = normalize(images.to(run.device), net.image_mean, net.image_std, [target["shape"] for target in targets])
     for part, part_goals in assignment.pieces(args.accumulate, pixels, goals):
         with run.autocast():
-            outputs = net(part)
+            outputs = wrapped(part)
         sum(criterion(outputs, part_goals, positives=1).values()).backward()
     evaluate(net, [(images, targets)], run, COCOEvaluator(net.classes), assign, criterion, detect)
     run.say(f"preflight: {len(images)} pictures, padded to {images.shape[-2]} x {images.shape[-1]}")
@@ -147,9 +148,10 @@ def main(argv=None):
     out, batch = Path(args.model_dir), args.batch_size
     devices.check_batch(run, batch, args.accumulate)
     monitor = flags.choose_monitor(args.monitor, "AP", [*TAGS, *MEASURES, "mAP", "mAP_11point"])
+    flags.need_weights(args.eval_only, args.resume or args.pretrained, "--pretrained")
 
     # data
-    resume = (args.resume, args.overwrite, args.eval_only, "--pretrained")
+    resume = (args.resume, args.overwrite, args.eval_only or args.preflight, "--pretrained")
     saved = None if args.check_data else checkpoints.open_run(out, *resume)
     names, trained = flags.names_in_data(args), saved and saved["classes"]
     *sets, faults = detection.load(args.dataset, args.data, trained=trained, seed=args.seed, **names)
@@ -163,7 +165,7 @@ def main(argv=None):
     # network
     arguments = {"depth": args.depth, "anchors": args.anchors, "anchor_scale": args.anchor_scale}
     net = models.build("retinanet", len(train_set.classes), **arguments)
-    net.classes = train_set.classes
+    net.classes, size = train_set.classes, (max(args.min_side), args.max_side)
     if not saved:
         published.begin_retinanet(net, args.pretrained, args.backbone_weights, run.is_main, run.say)
     net.to(run.device, memory_format=torch.channels_last)
@@ -184,9 +186,8 @@ def main(argv=None):
     # optimiser
     frozen = net.stages()[: args.freeze_stages]
     train_mode(net, frozen, args.freeze_bn)
-    rates = {"backbone": args.backbone_lr or args.lr, "heads": args.lr}
-    decay = (args.weight_decay, args.norm_weight_decay)
-    optimizer = optimizers.build(args.optimizer, net.parameter_groups(), rates, *decay, args.momentum)
+    rates = ({"backbone": args.backbone_lr or args.lr, "heads": args.lr}, args.weight_decay, args.norm_weight_decay)
+    optimizer = optimizers.build(args.optimizer, net.parameter_groups(), *rates, args.momentum)
     wrapped = run.wrap(net, args.sync_bn, args.compile)  # before the averages: it gives all processes the same weights
     ema = checkpoints.Ema(net, args.ema)
 
@@ -204,13 +205,14 @@ def main(argv=None):
     progress = checkpoints.Progress()
     state = {"model": net, "optimizer": optimizer, "scaler": run.scaler, "ema": ema, "plateau": plateau}
     if saved:
-        checkpoints.restore(saved, state, progress)
+        checkpoints.restore(saved, state, progress, args.eval_only)
         for line in checkpoints.changed(saved["flags"], vars(args)):
             run.say(f"  changed: {line}")
     about = {**models.describe(net), "min_side": args.min_side[-1], "max_side": args.max_side, "flags": vars(args)}
     run.say(devices.describe(run))
     if args.preflight:
-        return preflight(net, train_set, collate, args, run, assign, criterion, detect)
+        with devices.memory_advice(run, size, batch, args.accumulate):
+            return preflight(net, wrapped, optimizer, train_set, size, collate, args, run, assign, criterion, detect)
     if args.eval_only:
         with ema.applied(net):
             metrics, coco, voc, _ = evaluate(net, val_batches, run, new_evaluator(), assign, criterion, detect)
@@ -222,15 +224,12 @@ def main(argv=None):
         return metrics
 
     # train
-    size = (max(args.min_side), args.max_side)
     for warning in devices.check_machine(args.workers, 3 * size[0] * size[1] * batch // run.world):
         run.say(f"WARNING: {warning}")
-    balance, aspects = train_set.balance_weights() if args.balance_data else None, train_set.aspects()
-    share = (run.rank, run.world, balance, aspects)
+    share = (run.rank, run.world, train_set.balance_weights() if args.balance_data else None, train_set.aspects())
     sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, *share)
     batches = loader.train_loader(train_set, sampler, args.workers, pin, collate)
-    showing = (args.debug_steps, vars(args), args.log_level)
-    logger = log.Logger(out, total, progress.step, run.is_main, *showing)
+    logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), args.log_level)
     meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
     recent = deque(maxlen=max(1, 500 // args.debug_steps))  # losses of 500 steps, as in the source
     with checkpoints.StopSignals() as stop, logger, devices.memory_advice(run, size, batch, args.accumulate):
@@ -263,7 +262,7 @@ def main(argv=None):
             stopping = run.any(stop.requested)
             saving = epoch or stopping or schedule.due(step, args.save_every_steps, total) or step == total
             if saving or logger.due(step):
-                losses = log.read_losses(meter, run, optimizer, out)
+                losses = log.read_losses(meter, run, optimizer, out, train_set.paths)
                 plateau.add(losses["loss"], step - logged, ends_epoch=epoch)
                 recent.append(losses["loss"])
                 values = {TAGS[name] + "/train": value for name, value in losses.items()}
@@ -273,6 +272,7 @@ def main(argv=None):
                 logged = step
             best = False
             if not stopping and ((epoch and epoch % args.validation_epochs == 0) or step == total):
+                checkpoints.save(out, {**state, **about, "progress": progress})  # a kill in here loses no step
                 with ema.applied(net), logger.paused():
                     run.share_statistics(net)
                     metrics, *seen = evaluate(net, val_batches, run, new_evaluator(), assign, criterion, detect, keep=4)

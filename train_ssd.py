@@ -25,7 +25,7 @@ from losses import assignment, multibox
 from models import WeightsError, published, ssd
 from ops.images import normalize
 from ops.suppress import from_multibox
-from training import checkpoints, devices, flags, log, optimizers, pictures, schedule
+from training import checkpoints, devices, flags, log, optimizers, pictures, rehearsal, schedule
 from training.modes import train_mode
 
 USAGE = "python train_ssd.py --dataset-type voc --data FOLDER --model-dir RUN [flags]"
@@ -38,18 +38,18 @@ def parse_args(argv):
     arg = parser.add_argument_group("data").add_argument
     arg("--dataset-type", choices=tuple(detection.LAYOUTS), default="open_images", help="layout of the data")
     arg("--datasets", "--data", dest="data", nargs="+", default=["data"], help="one or more folders, joined")
-    arg("--zoom-out", type=float, default=0.5, help="augmentation: chance of zooming out")
+    arg("--zoom-out", type=flags.chance, default=0.5, help="augmentation: chance of zooming out")
     arg("--largest-canvas", type=flags.number(float, 1), default=4.0, help="augmentation: picture sides to zoom out to")
-    arg("--iou-crop", type=float, default=1.0, help="augmentation: chance of trying an IoU crop")
-    arg("--colour", type=float, default=0.5, help="augmentation: chance of each colour change")
+    arg("--iou-crop", type=flags.chance, default=1.0, help="augmentation: chance of trying an IoU crop")
+    arg("--colour", type=flags.chance, default=0.5, help="augmentation: chance of each colour change")
 
     arg = parser.add_argument_group("network").add_argument
     arg("--net", choices=tuple(ssd.NETWORKS), default="mb1-ssd", help="architecture")
     arg("--resolution", type=flags.number(int, 1), default=300, help="pixels a side of the network's input")
-    arg("--mb2-width-mult", type=float, default=1.0, help="width of mb2-ssd-lite")
+    arg("--mb2-width-mult", type=float, default=1.0, help="of mb2-ssd-lite; a backbone fits whole numbers alone")
     sizes = "prior sizes: least of each of the six maps in pixels at 300, and the last's greatest; else the published"
-    arg("--box-sizes", type=float, nargs=7, metavar="PIXELS", help=sizes)
-    arg("--match-iou", type=float, default=0.5, help="least IoU of a prior that answers for a box")
+    arg("--box-sizes", type=flags.unsigned, nargs=7, metavar="PIXELS", help=sizes)
+    arg("--match-iou", type=flags.chance, default=0.5, help="least IoU of a prior that answers for a box")
     start = "start from a whole SSD, ours or published; auto: the published file in models/, downloaded if it can be"
     arg("--pretrained-ssd", default="auto", metavar="auto|none|FILE", help=start)
     arg("--base-net", default="", metavar="FILE", help="start from a backbone's weights instead")
@@ -57,16 +57,16 @@ def parse_args(argv):
     arg("--freeze-net", action="store_true", help="train the heads alone")
 
     arg = parser.add_argument_group("learning rate").add_argument
-    arg("--learning-rate", "--lr", dest="lr", type=float, default=0.01, help="of the heads")
-    arg("--base-net-lr", type=float, default=0.001, help="of the base net")
-    arg("--extra-layers-lr", type=float, help="of the extra layers; as --lr if not given")
+    arg("--learning-rate", "--lr", dest="lr", type=flags.unsigned, default=0.01, help="of the heads")
+    arg("--base-net-lr", type=flags.unsigned, default=0.001, help="of the base net")
+    arg("--extra-layers-lr", type=flags.unsigned, help="of the extra layers; as --lr if not given")
     arg("--scheduler", choices=("cosine", "multi-step"), default="cosine", help="learning rate over time")
     arg("--use-cuda", type=flags.str2bool, default=True, metavar="BOOL", help="false is --device cpu")
     arg("--validation-mean-ap", action="store_true", help="validate by mAP too, not by the loss alone")
     flags.add_detection_arguments(parser)
     flags.add_data_arguments(parser)
     flags.add_run_arguments(parser)
-    parser.set_defaults(model_dir="models/", t_max=100.0, milestones="80,100")
+    parser.set_defaults(model_dir="models/", t_max=100.0, milestones="80,100", lr_batch_size=4)
     return flags.parse(parser, argv)
 
 
@@ -114,14 +114,15 @@ def log_evaluation(logger, step, metrics, evaluator, kept):
         logger.images(f"Truth left, predictions right/{number}", beside, step)
 
 
-def preflight(net, train_set, args, run, assign, criterion):
+def preflight(net, wrapped, optimizer, train_set, args, run, assign, criterion):
     """The batch with the most boxes forward, backward and through evaluation, then the peaks of memory."""
-    images, targets = loader.collate([train_set[i] for i in train_set.fullest(args.batch_size)])
+    images, targets = loader.collate([train_set[i] for i in train_set.fullest(args.batch_size // run.world)])
+    rehearsal.allocate(optimizer)
     goals = assign(net.anchors(images.shape[-2:]), targets, net.box_weights)
     pixels = normalize(images.to(run.device), net.image_mean, net.image_std)
     for part, part_goals in assignment.pieces(args.accumulate, pixels, goals):
         with run.autocast():
-            outputs = net(part)
+            outputs = wrapped(part)
         sum(criterion(outputs, part_goals, positives=1).values()).backward()
     evaluate(net, [(images, targets)], run, True, assign, criterion)
     boxes = sum(len(target["labels"]) for target in targets)
@@ -136,9 +137,12 @@ def main(argv=None):
     devices.check_batch(run, batch, args.accumulate)
     measured = [*TAGS] + ["mAP", "mAP_11point"] * args.validation_mean_ap
     monitor = flags.choose_monitor(args.monitor, "mAP" if args.validation_mean_ap else "loss", measured)
+    named = args.pretrained_ssd not in ("auto", "none") and not args.base_net
+    flags.need_weights(args.eval_only, args.resume or named, "--pretrained-ssd")
 
     # data
-    saved = None if args.check_data else checkpoints.open_run(out, args.resume, args.overwrite, args.eval_only)
+    resume = (args.resume, args.overwrite, args.eval_only or args.preflight, "--pretrained-ssd")
+    saved = None if args.check_data else checkpoints.open_run(out, *resume)
     names, trained = flags.names_in_data(args), saved and saved["classes"]
     *sets, faults = detection.load(args.dataset_type, args.data, trained=trained, seed=args.seed, **names)
     if args.check_data:
@@ -190,14 +194,15 @@ def main(argv=None):
     progress = checkpoints.Progress()
     state = {"model": net, "optimizer": optimizer, "scaler": run.scaler, "ema": ema}
     if saved:
-        checkpoints.restore(saved, state, progress)
+        checkpoints.restore(saved, state, progress, args.eval_only)
         for line in checkpoints.changed(saved["flags"], vars(args)):
             run.say(f"  changed: {line}")
     about = {**models.describe(net), "image_size": size, "flags": vars(args)}
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
     run.say(f"{net.name}, {args.resolution} pixels, {parameters:.1f} M parameters, {devices.describe(run)}")
     if args.preflight:
-        return preflight(net, train_set, args, run, assign, criterion)
+        with devices.memory_advice(run, size, batch, args.accumulate):
+            return preflight(net, wrapped, optimizer, train_set, args, run, assign, criterion)
     if args.eval_only:
         with ema.applied(net):
             metrics, evaluator, _ = evaluate(net, val_batches, run, True, assign, criterion)
@@ -213,8 +218,7 @@ def main(argv=None):
     balance = train_set.balance_weights() if args.balance_data else None
     sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, run.rank, run.world, balance)
     batches = loader.train_loader(train_set, sampler, args.workers, pin)
-    showing = (args.debug_steps, vars(args), args.log_level)
-    logger = log.Logger(out, total, progress.step, run.is_main, *showing)
+    logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), args.log_level)
     meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
     if run.is_main:
         (out / "labels.txt").write_text("\n".join(["BACKGROUND", *net.classes]) + "\n")
@@ -247,13 +251,14 @@ def main(argv=None):
             stopping = run.any(stop.requested)
             saving = epoch or stopping or schedule.due(step, args.save_every_steps, total) or step == total
             if saving or logger.due(step):
-                losses = log.read_losses(meter, run, optimizer, out)
+                losses = log.read_losses(meter, run, optimizer, out, train_set.paths)
                 values = {TAGS[name] + "/train": value for name, value in losses.items()}
                 values["lr"] = optimizer.param_groups[-1]["lr"]
                 logger.log(step, values, images=(step - logged) * batch)
                 logged = step
             best = False
             if not stopping and ((epoch and epoch % args.validation_epochs == 0) or step == total):
+                checkpoints.save(out, {**state, **about, "progress": progress})  # a kill in here loses no step
                 with ema.applied(net), logger.paused():
                     run.share_statistics(net)
                     settings = (args.validation_mean_ap, assign, criterion)

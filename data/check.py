@@ -1,6 +1,8 @@
 """Faults in the data: all of them, in one pass, one line each."""
 
 import json
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
@@ -39,7 +41,8 @@ def settle(faults, bad_boxes, bad_images, say=print, most=SHOWN):
 
 
 class _Readable(Dataset):
-    """Every picture read and thrown away: what comes back is its fault, or None."""
+    """Every picture read and thrown away: what comes back is its faults. A data set whose samples are several files
+    offers `parts(index)`, functions that read one each."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -48,11 +51,14 @@ class _Readable(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        try:
-            self.dataset.load(index)
-        except DataError as error:
-            return index, (error.path, error.place, error.reason, error.kind)
-        return index, None
+        reads = self.dataset.parts(index) if hasattr(self.dataset, "parts") else [partial(self.dataset.load, index)]
+        faults = []
+        for read in reads:
+            try:
+                read()
+            except DataError as error:
+                faults.append((error.path, error.place, error.reason, error.kind))
+        return index, faults
 
 
 def _first(samples):
@@ -60,10 +66,15 @@ def _first(samples):
 
 
 def unreadable(dataset, workers, progress=True):
-    """{index: DataError} of the pictures that cannot be read. Reads every file once: minutes for a large set."""
+    """{index: DataErrors} of the pictures that cannot be read. Reads every file: minutes for a large set."""
     loader = DataLoader(_Readable(dataset), batch_size=1, num_workers=workers, collate_fn=_first)
     bar = tqdm(loader, desc="checking pictures", unit="image", disable=None if progress else True)
-    return {index: DataError(*fault) for index, fault in bar if fault}
+    return {index: [DataError(*fault) for fault in faults] for index, faults in bar if faults}
+
+
+def each_once(faults):
+    """The DataErrors of a list without those that say the same: a file may serve several pictures, and both splits."""
+    return list({str(fault): fault for fault in faults}.values())
 
 
 def write_report(path, faults, datasets):
@@ -77,16 +88,16 @@ def write_report(path, faults, datasets):
 
 
 def skip_unreadable(dataset, workers, say=print):
-    """`dataset` less the pictures that cannot be read, each of which is said. Reads every file once."""
+    """`dataset` less the pictures that cannot be read, each of which is said. Reads every file."""
     faults = unreadable(dataset, workers)
-    settle(list(faults.values()), "drop", "skip", say)
+    settle(each_once(chain(*faults.values())), "drop", "skip", say)
     return dataset.without(faults) if faults else dataset
 
 
 def check_data(train, val, faults, workers, report, say=print):
     """--check-data: read every picture too, write all faults to the JSON file `report`, and raise DataError for any."""
-    found = [fault for dataset in (train, val) for fault in unreadable(dataset, workers).values()]
-    faults = list({str(fault): fault for fault in faults + found}.values())
+    found = [fault for dataset in (train, val) for fault in chain(*unreadable(dataset, workers).values())]
+    faults = each_once(faults + found)
     write_report(report, faults, {"train": train, "val": val})
     settle(faults, "error", "error", say, most=len(faults))
     say(f"no fault in {len(train)} training and {len(val)} validation pictures")

@@ -1,10 +1,9 @@
-"""Reading text files, and keeping arrays."""
+"""Reading text files, finding files that lack, and keeping arrays."""
 
 import os
 import struct
-import tempfile
+import uuid
 import zipfile
-from pathlib import Path
 
 import numpy as np
 
@@ -31,6 +30,20 @@ def missing_pictures(file, place, folder, names):
     return DataError(file, place, f"no picture in {folder} for {', '.join(names[:NAMED])}{more}", kind="image")
 
 
+def without_file(root, paths, rows):
+    """int32, those of `rows` of the Paths `paths` whose file `root` lacks. Each folder is listed once: to ask for a
+    million files one by one takes minutes on a network disk."""
+    listings, lacking = {}, []
+    for row in rows:
+        folder, name = os.path.split(paths[row])
+        if folder not in listings:
+            where = os.path.join(root, folder)
+            listings[folder] = set(os.listdir(where)) if os.path.isdir(where) else set()
+        if name not in listings[folder]:
+            lacking.append(row)
+    return np.array(lacking, dtype=np.int32)
+
+
 def is_true(text):
     """Does a mark in an annotation, such as VOC's `difficult`, say yes? Missing or empty says no."""
     return (text or "").strip().lower() in ("1", "1.0", "true")
@@ -38,15 +51,15 @@ def is_true(text):
 
 def keep_arrays(file, arrays):
     """Write a dict of arrays to the .npz `file` in one step; False where its folder cannot be written."""
-    temporary = None
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")  # several processes may write one at a time
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name, suffix=".tmp", delete=False) as temporary:
-            np.savez(temporary, **arrays)
-        os.replace(temporary.name, file)
+        with open(temporary, "xb") as stream:
+            np.savez(stream, **arrays)
+        os.replace(temporary, file)
     except OSError:
-        if temporary is not None:
-            Path(temporary.name).unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
         return False
     return True
 

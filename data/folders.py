@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
+from data import check
 from data.boxes import Paths, seeded
 from data.errors import DataError
 from data.files import keep_arrays, kept_arrays
@@ -86,16 +87,17 @@ class FolderDataset(Dataset):
         return f"images {len(self)}, classes {len(counts)}\n  {each}"
 
 
-def load(root="data", train="", val="", classes=None, cache=None, seed=0, say=print):
+def load(root="data", train="", val="", classes=None, cache=None, seed=0, say=print, faults=None):
     """(train, val): both sets as FolderDatasets with one class list, the names of the training folders sorted.
 
     root      folder with train and val in it
     train     folder of the training classes if it is another than ROOT/train; `val` likewise
     classes   names in label order, of a checkpoint: they rule the order, and the folders must have the same names
     cache     folder for the lists of files where the data's own folder cannot be written; None keeps none there
+    faults    a list that receives a DataError for every class folder that holds no picture or that training does not
+              have, whose pictures have the label -1; None raises the first
 
-    Raises DataError where a folder lacks, holds no class or holds a class without a picture, and where class names of
-    train, val and the checkpoint do not agree.
+    Raises DataError where a folder lacks or holds no class, and where the checkpoint has other classes.
     """
     given = {"train": train, "val": val}
     indices = [_index(Path(path or Path(root) / split), split, cache, say) for split, path in given.items()]
@@ -103,18 +105,44 @@ def load(root="data", train="", val="", classes=None, cache=None, seed=0, say=pr
     if classes is not None and set(classes) != set(found):
         raise DataError(indices[0]["folder"], "", _difference("the checkpoint", classes, "the folder", found))
     classes = found if classes is None else list(classes)
-    unknown = sorted(set(indices[1]["classes"].tolist()) - set(classes))
-    if unknown:
-        raise DataError(
-            indices[1]["folder"], "", f"classes that training does not have: {_some(unknown)}; remove or rename them"
-        )
+    wrong = [fault for index in indices for fault in _class_faults(index, set(classes))]
+    if faults is None and wrong:
+        raise wrong[0]
+    if faults is not None:
+        faults.extend(wrong)
     label_of = {name: label for label, name in enumerate(classes)}
     sets = []
     for index in indices:
-        label = np.array([label_of[name] for name in index["classes"].tolist()], dtype=np.int32)
+        label = np.array([label_of.get(name, -1) for name in index["classes"].tolist()], dtype=np.int32)
         paths = _paths(index["content"], index["first"])
         sets.append(FolderDataset(index["folder"], paths, label[index["labels"]], classes, seed=seed))
     return tuple(sets)
+
+
+def settle(train, val, faults, bad_images, workers, say=print):
+    """Report faults and sizes, leave out the pictures that cannot be read where `bad_images` is "skip" -> (train, val).
+
+    Raises DataError for any of the `faults` that `load` found, and where no picture is left.
+    """
+    check.settle(faults, "error", bad_images, say)
+    if bad_images == "skip":
+        train, val = (check.skip_unreadable(dataset, workers, say) for dataset in (train, val))
+    for name, dataset in (("train", train), ("val", val)):
+        if not len(dataset):
+            raise DataError(f"no picture left for {name}", "", "mend the faults listed above")
+        say(f"{name}: {dataset.summary()}")
+    return train, val
+
+
+def _class_faults(index, classes):
+    """A DataError for each class folder of a list of files that holds no picture or is none of `classes`."""
+    counts = np.bincount(index["labels"], minlength=len(index["classes"]))
+    for name, count in zip(index["classes"].tolist(), counts):
+        if not count:
+            reason = f"no picture ({' '.join(SUFFIXES)}) in this class folder; fill or remove it"
+            yield DataError(index["folder"] / name, "", reason)
+        if name not in classes:
+            yield DataError(index["folder"] / name, "", "training has no such class; remove or rename the folder")
 
 
 def _some(names):
@@ -168,6 +196,9 @@ def _kept(file, folder, say):
     try:
         index = kept_arrays(file)
         version, folders, mtimes = int(index.pop("format")), index["folders"], index["mtimes"].tolist()
+    except PermissionError:
+        say(f"{file}: may not be read, listing the files of {folder} anew; mend its rights")
+        return None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         say(f"{file}: damaged, listing the files of {folder} anew")
         return None
@@ -192,10 +223,6 @@ def _listed(folder):
             contents, lengths, folders, mtimes = zip(*bar)
     except OSError as error:
         raise DataError(error.filename or folder, "", f"cannot be listed: {error.strerror}") from None
-    bare = [name for name, length in zip(classes, lengths) if not len(length)]
-    if bare:
-        kinds = " ".join(SUFFIXES)
-        raise DataError(folder, "", f"no picture ({kinds}) in {_some(bare)}; fill or remove such folders")
     return {
         "content": np.frombuffer(b"".join(contents), dtype=np.uint8),
         "first": np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64),

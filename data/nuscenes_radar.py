@@ -9,6 +9,7 @@ set work: what the tables lack is not there, and what only the disk lacks is lis
 """
 
 import copy
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -23,7 +24,7 @@ from data import pcd, tables
 from data.boxes import seeded
 from data.classes import balanced
 from data.errors import DataError
-from data.files import NAMED, lines_of
+from data.files import NAMED, lines_of, without_file
 from data.images import read_image
 from data.tables import CAMERAS, CLASSES, RADARS
 from ops.geometry import yaw_to_alpha
@@ -40,11 +41,8 @@ SEEN_BY = {  # the radars whose points a camera may show, in the order they are 
     "CAM_BACK_RIGHT": ("RADAR_BACK_RIGHT", "RADAR_FRONT_RIGHT"),
     "CAM_BACK": ("RADAR_BACK_LEFT", "RADAR_BACK_RIGHT"),
 }
-NEAR, SHOWN_FROM = (
-    0.1,
-    1.0,
-)  # metres: all corners beyond the one and a shown corner beyond the other, as the devkit has it
-TOO_CLOSE = 1.0  # metres along x and along y from a radar: returns from the vehicle itself
+NEAR, SHOWN_FROM = 0.1, 1.0  # metres: all corners beyond the one, a shown corner beyond the other, as in the devkit
+CHUNK = 1000  # pictures looked at together
 SIGNS = np.array(  # of a box's corners along its length, width and height
     [(x, y, z) for x in (0.5, -0.5) for y, z in ((0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5), (0.5, -0.5))]
 )
@@ -103,7 +101,8 @@ def scenes_of(split, folder):
     for file in (folder / f"{split}.txt", Path(split)):
         if file.is_file():
             return [line.strip() for line in lines_of(file) if line.strip()]
-    if importlib.util.find_spec("nuscenes") is None:
+    devkit = importlib.util.find_spec("nuscenes")
+    if devkit is None or devkit.origin is None:  # a folder of that name has no origin
         remedy = f"install nuscenes-devkit, or write the names of its scenes to {folder / f'{split}.txt'}, one a line"
         raise DataError(f"split {split}", "", f"only {' and '.join(SPLITS)} are known without more; {remedy}")
     from nuscenes.utils import splits
@@ -141,6 +140,16 @@ def rotation_matrix(quaternion):
     return np.stack(rows, axis=-1).reshape(*quaternion.shape[:-1], 3, 3)
 
 
+class Files:
+    """The pictures' files of a RadarDataset by their index."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index):
+        return self.dataset.path(self.dataset.frames[index])
+
+
 class RadarDataset(Dataset):
     """Pictures of cameras with 3D boxes and radar; `dataset[i]` and `dataset[epoch, i]` meet the contract in
     data/__init__.py. Beside its fields a target holds
@@ -176,13 +185,19 @@ class RadarDataset(Dataset):
     def path(self, frame):
         return os.path.join(self.root, self.tables.frame_paths[frame])
 
+    @property
+    def paths(self):
+        """paths[i] is the file of picture `i`."""
+        return Files(self)
+
     def pose(self, frame):
-        """(rotation [3,3], translation [3]) from the sensor of `frame` to the global frame, float64."""
+        """(rotation [3,3], translation [3]) from the sensor of `frame` to the global frame, float64; [F,3,3] and [F,3]
+        of frames [F]."""
         content, row, calibration = self.tables, self.tables.frame_pose[frame], self.tables.frame_calibration[frame]
         vehicle = rotation_matrix(content.pose_rotation[row])
         sensor = rotation_matrix(content.calibration_rotation[calibration])
-        translation = vehicle @ content.calibration_translation[calibration] + content.pose_translation[row]
-        return vehicle @ sensor, translation
+        translation = (vehicle @ content.calibration_translation[calibration][..., None])[..., 0]
+        return vehicle @ sensor, translation + content.pose_translation[row]
 
     def annotation(self, index):
         """The target of picture `index` in file pixels, less the radar, without reading a file."""
@@ -217,15 +232,19 @@ class RadarDataset(Dataset):
         names = {"sample_token": content.sample_tokens[sample], "camera": CAMERAS[content.frame_channel[frame]]}
         return fields | names | {"image_id": int(index), "size": size}
 
+    def sweeps_of(self, index):
+        """int32 [R], the frames of the radar sweeps of picture `index`: radar after radar, each one's newest first."""
+        frame = self.frames[index]
+        names = SEEN_BY[CAMERAS[self.tables.frame_channel[frame]]]
+        sweeps = self.sweeps[self.tables.frame_sample[frame], [RADARS.index(name) for name in names]].ravel()
+        return sweeps[sweeps >= 0]
+
     def radar(self, index):
         """float32 [P,5], the radar points of picture `index`, newest sweep first. Reads files; raises DataError."""
         frame = self.frames[index]
         rotation, translation = self.pose(frame)
-        found = [np.zeros((0, 5))]
-        for name in SEEN_BY[CAMERAS[self.tables.frame_channel[frame]]]:
-            sweeps = self.sweeps[self.tables.frame_sample[frame], RADARS.index(name)]
-            found += [self.sweep(sweep, rotation, translation) for sweep in sweeps[sweeps >= 0]]
-        points = np.concatenate(found)
+        found = [self.sweep(sweep, rotation, translation) for sweep in self.sweeps_of(index)]
+        points = np.concatenate([np.zeros((0, 5)), *found])
         points[:, 1] -= self.z_offset
         deep = points[:, 2]
         return _float(points[(deep > 0) & (deep <= self.max_distance)])
@@ -234,12 +253,10 @@ class RadarDataset(Dataset):
         """float64 [P,5] x, y, z, vx, vz of one sweep in the camera that stands at the pose (rotation, translation)."""
         points, names = pcd.read(self.path(frame))
         at = {name: column for column, name in enumerate(names)}
-        lack = [
-            n for n in ("x", "y", "z", "vx_comp", "vy_comp", "invalid_state", "dyn_prop", "ambig_state") if n not in at
-        ]
+        lack = [name for name in pcd.USED if name not in at]
         if lack:
             raise DataError(self.path(frame), "", f"no radar of nuScenes: lacks {', '.join(lack)}", kind="image")
-        points = points[trusted(points, at)].astype(np.float64)
+        points = points[pcd.trusted(points, at)].astype(np.float64)
         own_rotation, own_translation = self.pose(frame)
         place = points[:, [at["x"], at["y"], at["z"]]] @ own_rotation.T + own_translation
         motion = np.zeros((len(points), 3))
@@ -247,16 +264,25 @@ class RadarDataset(Dataset):
         motion = motion @ own_rotation.T @ rotation
         return np.concatenate([(place - translation) @ rotation, motion[:, [0, 2]]], axis=1)
 
-    def load(self, index):
-        """Picture `index` and its target before any transform."""
-        path = self.path(self.frames[index])
-        image, target = read_image(path), self.annotation(index)
-        size = tuple(image.shape[-2:])
-        if size != target["size"]:
-            (height, width), told = size, target["size"]
+    def picture(self, index):
+        """Picture `index` alone, uint8 [3,H,W]. Raises DataError."""
+        path, told = self.path(self.frames[index]), tuple(self.tables.frame_size[self.frames[index]].tolist())
+        image = read_image(path)
+        height, width = image.shape[-2:]
+        if (height, width) != told:
             reason = f"the tables say {told[1]} x {told[0]}, the file {width} x {height}; fetch one of them anew"
             raise DataError(path, "", reason, kind="image")
-        return tv_tensors.Image(image), target | {"radar": self.radar(index)}
+        return tv_tensors.Image(image)
+
+    def load(self, index):
+        """Picture `index` and its target before any transform."""
+        return self.picture(index), self.annotation(index) | {"radar": self.radar(index)}
+
+    def parts(self, index):
+        """What reads the files of picture `index`, one each: functions without arguments that raise DataError."""
+        pose = self.pose(self.frames[index])
+        sweeps = [functools.partial(self.sweep, frame, *pose) for frame in self.sweeps_of(index)]
+        return [functools.partial(self.picture, index), *sweeps]
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -278,7 +304,7 @@ class RadarDataset(Dataset):
         mine = np.unique(self.tables.frame_sample[self.frames])
         wanted = np.concatenate([self.frames, self.sweeps[mine].ravel()])
         wanted = np.unique(wanted[wanted >= 0])
-        self.lacking = lacking = _missing(self.root, self.tables.frame_paths, wanted)
+        self.lacking = lacking = without_file(self.root, self.tables.frame_paths, wanted)
         if not len(lacking):
             return
         paths = [self.tables.frame_paths[frame] for frame in lacking[:NAMED]]
@@ -292,8 +318,13 @@ class RadarDataset(Dataset):
         self.sweeps = np.where(np.isin(self.sweeps, lacking), -1, self.sweeps)
 
     def faults(self):
-        """A DataError for every picture and sweep that was left out because its file lacks."""
-        return [DataError(self.path(frame), "", "no such file; unpack it", kind="image") for frame in self.lacking]
+        """A DataError for every picture and sweep that was left out because its file lacks, and for every annotation
+        of the split's key frames that no box can be, of kind "box"."""
+        lacking = [DataError(self.path(frame), "", "no such file; unpack it", kind="image") for frame in self.lacking]
+        file = os.path.join(self.root, self.version, "sample_annotation.json")
+        rows = np.flatnonzero(np.isin(self.tables.impossible_sample, self.samples))
+        said = [(f"record {self.tables.impossible_record[row]}", self.tables.impossible_reason[row]) for row in rows]
+        return lacking + [DataError(file, place, reason, kind="box") for place, reason in said]
 
     def balance_weights(self):
         """See data.classes.balanced. Looks at the boxes of every picture: a minute for v1.0-trainval."""
@@ -314,16 +345,36 @@ class RadarDataset(Dataset):
         of = np.isin(np.repeat(np.arange(len(content.sample_time)), np.diff(content.annotation_first)), kept)
         return np.bincount(content.annotation_label[of & (content.annotation_points > 0)], minlength=len(CLASSES))
 
+    def shown(self):
+        """int64 [N], objects that each picture shows. Looks at all boxes: seconds for v1.0-trainval."""
+        content, counts = self.tables, [np.zeros(0, np.int64)]
+        for frames in np.array_split(self.frames, max(1, len(self) // CHUNK)):
+            sample = content.frame_sample[frames]
+            first, end = content.annotation_first[sample], content.annotation_first[sample + 1]
+            picture = np.repeat(np.arange(len(frames)), end - first)
+            rows = np.arange(len(picture)) + np.repeat(end - (end - first).cumsum(), end - first)
+            rotation, translation = (value[picture] for value in self.pose(frames))
+            center = (content.annotation_center[rows] - translation)[:, None] @ rotation
+            turned = rotation.transpose(0, 2, 1) @ rotation_matrix(content.annotation_rotation[rows])
+            intrinsic = content.intrinsic[content.frame_calibration[frames]][picture]
+            size = content.annotation_size[rows], intrinsic, content.frame_size[frames][picture]
+            counts.append(np.bincount(picture[_boxes(center[:, 0], turned, *size)[1]], minlength=len(frames)))
+        return np.concatenate(counts)
+
     def summary(self):
-        """Two lines for the console: pictures, key frames and radar; objects of each class."""
+        """Two lines for the console: pictures, background, key frames and radar; objects of each class."""
         samples = np.unique(self.tables.frame_sample[self.frames])
         sweeps = (self.sweeps[samples] >= 0).sum(axis=(0, 2))
         bare = [name for name, count in zip(RADARS, sweeps) if not count] if self.sweeps.shape[2] else []
         lack = f", nothing of {', '.join(bare)}" if bare else ""
         partial = f" of {len(self.samples)}" if len(samples) < len(self.samples) else ""
+        empty = int((self.shown() == 0).sum())
+        pictures = f"images {len(self)}, background {empty} ({100 * empty / max(1, len(self)):.0f} %)"
+        bad = int(np.isin(self.tables.impossible_sample, self.samples).sum())
+        dropped = f", impossible boxes {bad}" if bad else ""
         counts = ", ".join(f"{name} {count}" for name, count in zip(CLASSES, self.class_counts()))
-        sizes = f"images {len(self)}, key frames {len(samples)}{partial}, radar sweeps {int(sweeps.sum())}{lack}"
-        return f"{sizes}\n  {counts}"
+        frames = f"key frames {len(samples)}{partial}, radar sweeps {int(sweeps.sum())}{lack}{dropped}"
+        return f"{pictures}, {frames}\n  {counts}"
 
 
 def _float(array):
@@ -333,38 +384,16 @@ def _float(array):
 def _boxes(center, rotation, size, intrinsic, image_size):
     """(xyxy [M,4] of the projected corners, clipped to `image_size` (h, w); bool [M], is it in the picture?).
 
-    center [M,3] and rotation [M,3,3] of the objects in the camera's frame, size [M,3] w, l, h.
+    center [M,3] and rotation [M,3,3] of the objects in the camera's frame, size [M,3] w, l, h. `intrinsic` [3,3] and
+    `image_size` of the picture, or [M,3,3] and [M,2] of each object's.
     """
     half = SIGNS * size[:, None, [1, 0, 2]]  # [M,8,3] along length, width, height
     corners = center[:, None] + half @ rotation.transpose(0, 2, 1)
     deep = corners[..., 2]
-    pixels = corners @ intrinsic.T
+    pixels = corners @ intrinsic.swapaxes(-1, -2)
     pixels = pixels[..., :2] / np.maximum(pixels[..., 2:], NEAR)
-    edge = np.array(image_size[::-1], dtype=np.float64)
-    seen = ((pixels > 0) & (pixels < edge)).all(axis=-1) & (deep > SHOWN_FROM)  # [M,8]
-    boxes = np.concatenate([pixels.min(axis=1), pixels.max(axis=1)], axis=-1).clip(0, np.tile(edge, 2))
+    edge = np.asarray(image_size, dtype=np.float64)[..., ::-1]
+    seen = ((pixels > 0) & (pixels < edge[..., None, :])).all(axis=-1) & (deep > SHOWN_FROM)  # [M,8]
+    boxes = np.concatenate([pixels.min(axis=1), pixels.max(axis=1)], axis=-1).clip(0, np.concatenate([edge] * 2, -1))
     boxes = boxes.astype(np.float32)
     return boxes, seen.any(axis=1) & (deep > NEAR).all(axis=1) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-
-
-def trusted(points, at):
-    """bool [P]: points [P,F] that the devkit's default filter keeps (valid, moving or standing in a known way, of one
-    speed) and that are no returns from the vehicle itself. `at`: name of a field -> its column."""
-    state = (points[:, at["invalid_state"]] == 0) & (points[:, at["ambig_state"]] == 3)
-    kind = (points[:, at["dyn_prop"]] >= 0) & (points[:, at["dyn_prop"]] <= 6)
-    own = (np.abs(points[:, at["x"]]) < TOO_CLOSE) & (np.abs(points[:, at["y"]]) < TOO_CLOSE)
-    return state & kind & ~own
-
-
-def _missing(root, paths, frames):
-    """Those of `frames` whose file `root` lacks. Each folder is listed once: to ask for a million files one by one
-    takes minutes on a network disk."""
-    listings, lacking = {}, []
-    for frame in frames:
-        folder, name = os.path.split(paths[frame])
-        if folder not in listings:
-            where = os.path.join(root, folder)
-            listings[folder] = set(os.listdir(where)) if os.path.isdir(where) else set()
-        if name not in listings[folder]:
-            lacking.append(frame)
-    return np.array(lacking, dtype=np.int32)

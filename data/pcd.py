@@ -10,6 +10,8 @@ from data.errors import DataError
 from data.images import POINTER
 
 LONGEST_HEADER = 4096  # bytes; nuScenes' has under 400
+USED = ("x", "y", "z", "vx_comp", "vy_comp", "invalid_state", "dyn_prop", "ambig_state")  # of a radar of nuScenes
+TOO_CLOSE = 1.0  # metres along x and along y from a radar: returns from the vehicle itself
 KINDS = {"F": "f", "I": "i", "U": "u"}  # TYPE of a field -> numpy's letter
 SIZES = {"F": (4, 8), "I": (1, 2, 4, 8), "U": (1, 2, 4, 8)}
 
@@ -72,3 +74,12 @@ def _header(content):
     if count < 0:
         raise ValueError(f"POINTS is {count}")
     return layout, count, end + 1
+
+
+def trusted(points, at):
+    """bool [P]: points [P,F] that the devkit's default filter keeps (valid, moving or standing in a known way, of one
+    speed) and that are no returns from the vehicle itself. `at`: name of a field -> its column."""
+    state = (points[:, at["invalid_state"]] == 0) & (points[:, at["ambig_state"]] == 3)
+    kind = (points[:, at["dyn_prop"]] >= 0) & (points[:, at["dyn_prop"]] <= 6)
+    own = (np.abs(points[:, at["x"]]) < TOO_CLOSE) & (np.abs(points[:, at["y"]]) < TOO_CLOSE)
+    return state & kind & ~own

@@ -9,6 +9,7 @@ in it: what is not looked at takes no memory, and workers and several data sets 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import zipfile
@@ -19,7 +20,7 @@ import numpy as np
 
 from data.boxes import Paths
 from data.errors import DataError
-from data.files import keep_arrays, kept_arrays
+from data.files import NAMED, keep_arrays, kept_arrays
 
 CLASSES = (
     *("car", "truck", "bus", "trailer", "construction_vehicle", "pedestrian", "motorcycle", "bicycle"),
@@ -51,7 +52,7 @@ RADARS = ("RADAR_FRONT", "RADAR_FRONT_LEFT", "RADAR_FRONT_RIGHT", "RADAR_BACK_LE
 CHANNELS = CAMERAS + RADARS
 TABLES = ("scene", "sample", "sensor", "calibrated_sensor", "sample_data", "ego_pose")
 ANNOTATED = ("category", "attribute", "instance", "sample_annotation")  # v1.0-test may do without
-FORMAT = 1  # of the kept arrays; with another number they are made anew
+FORMAT = 2  # of the kept arrays; with another number they are made anew
 PIECE = 1 << 24  # characters read at once; no record is longer
 LONGEST_GAP = 1.5  # seconds between two annotations that still give a velocity, as the devkit has it
 
@@ -71,6 +72,7 @@ class Tables:
     annotation_label, _attribute (-1 without), _visibility (1..4, 0 unknown) int8 [A];  annotation_points int32 [A]
     annotation_center float64 [A,3], _rotation float32 [A,4]: object -> global;  _size float32 [A,3] w, l, h
     annotation_velocity float32 [A,3] in m/s, global; NaN where unknown
+    impossible_record  int32 [X], from 1, of annotations that no box can be, none of the A;  _sample int32, _reason str
     """
 
     def __init__(self, arrays):
@@ -132,6 +134,9 @@ def _kept(file, stamps, say):
         same = int(arrays.pop("format")) == FORMAT
         same = same and all(np.array_equal(arrays.pop(name), value) for name, value in stamps.items())
         return arrays if same else None
+    except PermissionError:
+        say(f"{file}: may not be read, so the tables are read anew; mend its rights or name a folder by --cache-dir")
+        return None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         say(f"{file}: damaged, reading the tables anew")
         return None
@@ -182,17 +187,21 @@ def _records(file):
 
 
 def _each(folder, table, take):
-    """`take(record)` for every record of a table; a lacking field or an unknown token becomes a DataError."""
-    number, file = 0, folder / f"{table}.json"
+    """`take(record)` for every record of a table; lacking fields and unknown tokens become one DataError."""
+    file, faults = folder / f"{table}.json", []
     if not file.is_file():
         return
-    try:
-        for number, record in enumerate(_records(file), start=1):  # noqa: B007
+    for number, record in enumerate(_records(file), start=1):
+        try:
             take(record)
-    except KeyError as error:
-        raise DataError(file, f"record {number}", f"has no field or no record elsewhere for {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise DataError(file, f"record {number}", f"is no such record: {error}") from None
+        except KeyError as error:
+            faults.append((f"record {number}", f"has no field or no record elsewhere for {error}"))
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            faults.append((f"record {number}", f"is no such record: {error}"))
+    if faults:
+        (place, first), more = faults[0], [" ".join(fault) for fault in faults[1:NAMED]]
+        more += [f"{len(faults) - NAMED} more"] * (len(faults) > NAMED)
+        raise DataError(file, place, "; ".join([first, *more]))
 
 
 def _matrix(values, width, dtype=np.float64):
@@ -304,7 +313,8 @@ def _read_poses(folder, poses):
 def _read_annotations(folder, samples, sample_time):
     """Arrays of the annotations that are of a class, sorted by their samples."""
     label_of, attribute_of, label_of_instance, rows, links = {}, {}, {}, {}, []
-    columns = {name: array("i") for name in ("sample", "label", "attribute", "visibility", "points")}
+    columns = {name: array("i") for name in ("sample", "label", "attribute", "visibility", "points", "record")}
+    numbers = itertools.count(1)
     center, rotation, size = array("d"), array("f"), array("f")
 
     def take_category(record):
@@ -319,6 +329,7 @@ def _read_annotations(folder, samples, sample_time):
         label_of_instance[record["token"]] = label_of[record["category_token"]]
 
     def take(record):
+        number = next(numbers)
         label, level = label_of_instance[record["instance_token"]], record["visibility_token"]
         if label < 0:
             return
@@ -326,7 +337,7 @@ def _read_annotations(folder, samples, sample_time):
         seen = record["num_lidar_pts"] + record["num_radar_pts"]
         attribute = attribute_of[named[0]] if named else -1
         visibility = int(level) if level in ("1", "2", "3", "4") else 0
-        values = samples[record["sample_token"]], label, attribute, visibility, seen
+        values = samples[record["sample_token"]], label, attribute, visibility, seen, number
         for column, value in zip(columns.values(), values):
             column.append(value)
         center.extend(_numbers(record, "translation", 3))
@@ -341,14 +352,32 @@ def _read_annotations(folder, samples, sample_time):
     ):
         _each(folder, table, function)
     neighbours = np.array([[rows.get(token, -1) for token in pair] for pair in links], dtype=np.int64).reshape(-1, 2)
-    sample, center = _column(columns.pop("sample"), np.int32), _matrix(center, 3)
-    order = np.argsort(sample, kind="stable")
+    sample, center, number = _column(columns.pop("sample"), np.int32), _matrix(center, 3), columns.pop("record")
     arrays = {name: _column(column, np.int32 if name == "points" else np.int8) for name, column in columns.items()}
     arrays |= {"center": center, "rotation": _matrix(rotation, 4, np.float32), "size": _matrix(size, 3, np.float32)}
-    arrays["velocity"] = _velocity(center, sample_time[sample], neighbours).astype(np.float32)
+    bad, reasons = _impossible(center, arrays["rotation"], arrays["size"])
+    place = np.where(np.isfinite(center), center, np.nan)
+    arrays["velocity"] = _velocity(place, sample_time[sample], neighbours).astype(np.float32)
+    order = np.argsort(sample, kind="stable")
+    order = order[~bad[order]]
     arrays = {f"annotation_{name}": value[order] for name, value in arrays.items()}
     arrays["annotation_first"] = np.searchsorted(sample[order], np.arange(len(sample_time) + 1))
-    return arrays
+    arrays |= {"impossible_record": _column(number, np.int32)[bad], "impossible_sample": sample[bad]}
+    return arrays | {"impossible_reason": np.array(reasons, dtype=str)}
+
+
+def _impossible(center, rotation, size):
+    """(bool [A]: can no box have this center [A,3], rotation [A,4] and size [A,3]?; why not, for each True a text)."""
+    columns = {"size": size, "rotation": rotation, "translation": center}
+    possible = {name: np.isfinite(values).all(axis=1) for name, values in columns.items()}
+    possible["size"] &= (size > 0).all(axis=1)
+    possible["rotation"] &= (rotation != 0).any(axis=1)
+    bad, reasons = ~np.all(list(possible.values()), axis=0), []
+    for row in np.flatnonzero(bad):
+        wrong = [name for name in columns if not possible[name][row]]
+        values = [f"{name} {', '.join(f'{value:g}' for value in columns[name][row])}" for name in wrong]
+        reasons.append(f"no box: its {' and its '.join(values)}")
+    return bad, reasons
 
 
 def _velocity(center, time, neighbours):

@@ -9,7 +9,9 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +72,7 @@ class COCOEvaluator:
         categories = self.category_ids[self.category_ids >= 0]
         metrics = dict(zip(MEASURES, twelve(truth, found, categories)))
         if self.masks:
-            outlined = chosen(truth, np.array([counts is not None for counts in truth["counts"]], dtype=bool))
-            metrics |= dict(zip(MASK_MEASURES, twelve(outlined, found, categories, "segm")))
+            metrics |= dict(zip(MASK_MEASURES, twelve(truth, found, categories, "segm")))
         return metrics
 
     def write(self, path):
@@ -108,23 +109,63 @@ class COCOEvaluator:
 def read_truth(path, changed, masks=False):
     """Columns of an annotation file: image_id, category_id, bbox [M,4] x, y, w, h, area, iscrowd. changed: its time.
 
-    masks: also counts (None where the file holds no valid segmentation), height and width.
+    Left out is what data.coco leaves out, rows without ids, without area or outside of their picture: no detection can
+    find them. masks: also counts, height and width, and rows without a valid segmentation are left out too.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         content = json.load(file, object_pairs_hook=packed if masks else without_outlines)
-    rows = content["annotations"]
+    size_of = sizes_of(content.get("images", ()))
+    rows = [row for row in content["annotations"] if is_object(row, size_of)]
+    if masks:
+        sizes = [size_of.get(row["image_id"], (0, 0)) for row in rows]
+        outlines = [outline(row.get("segmentation"), size) for row, size in zip(rows, sizes, strict=True)]
+        whole = [index for index, counts in enumerate(outlines) if counts is not None]
+        rows, sizes = [rows[index] for index in whole], [sizes[index] for index in whole]
     bbox = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
     columns = {name: np.array([row[name] for row in rows], dtype=np.int64) for name in ("image_id", "category_id")}
-    columns["iscrowd"] = np.array([row.get("iscrowd", 0) for row in rows], dtype=np.int64)
-    area = [row.get("area", width * height) for row, (_, _, width, height) in zip(rows, bbox.tolist(), strict=True)]
+    columns["iscrowd"] = np.array([row.get("iscrowd") == 1 for row in rows], dtype=np.int64)
+    area = [row["area"] if is_size(row.get("area")) else w * h for row, (_, _, w, h) in zip(rows, bbox.tolist())]
     columns |= {"bbox": bbox, "area": np.array(area, dtype=np.float64)}
     if masks:
-        size_of = {image["id"]: (int(image["height"]), int(image["width"])) for image in content["images"]}
-        sizes = [size_of.get(row["image_id"], (0, 0)) for row in rows]
         columns["height"], columns["width"] = np.array(sizes, dtype=np.int32).reshape(-1, 2).T
         columns["counts"] = np.empty(len(rows), dtype=object)
-        columns["counts"][:] = [outline(row.get("segmentation"), size) for row, size in zip(rows, sizes, strict=True)]
+        columns["counts"][:] = [outlines[index] for index in whole]
     return columns
+
+
+def sizes_of(images):
+    """COCO's id -> (h, w) of the pictures that have both; of an id that comes twice the first."""
+    sizes = {}
+    for image in images:
+        size = image.get("height"), image.get("width")
+        if is_whole(image.get("id")) and all(isinstance(side, int | float) and 1 <= side < 1 << 31 for side in size):
+            sizes.setdefault(image["id"], tuple(map(int, size)))
+    return sizes
+
+
+def is_whole(value):
+    return isinstance(value, int) and -(1 << 63) <= value < 1 << 63
+
+
+def is_size(value):
+    return isinstance(value, int | float) and 0 <= value < 1 << 63
+
+
+def is_object(row, size_of):
+    """Does the row of an annotation file have ids, and a box with area in its picture where that has a size?"""
+    box = row.get("bbox")
+    if not (is_whole(row.get("image_id")) and is_whole(row.get("category_id")) and isinstance(box, list)):
+        return False
+    try:
+        finite = all(map(math.isfinite, box))
+    except (TypeError, OverflowError):
+        return False
+    if not finite or len(box) != 4 or box[2] <= 0 or box[3] <= 0:
+        return False
+    height, width = size_of.get(row["image_id"], (math.inf, math.inf))
+    x, y = max(0.0, box[0]), max(0.0, box[1])
+    x1, y1, x2, y2 = array("f", (x, y, min(box[0] + box[2], width), min(box[1] + box[3], height)))  # as data keeps them
+    return x2 > x1 and y2 > y1
 
 
 def packed(pairs):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.rows import write_json
+from evaluation.rows import write_csv, write_json
 from ops.geometry import alpha_to_yaw, apply_affine, depth_of, unproject
 from ops.heatmap import gather, peaks
 from ops.rotation import decode as decode_rotation
@@ -35,6 +35,7 @@ ERRORS = {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE"
 SAMPLES = {"train": 28130, "val": 6019, "test": 6008, "mini_train": 323, "mini_val": 81}  # of the official splits
 BINS = (1, 1, -1, 1) * 2  # of a rotation head: pi - alpha lies in the same bin, as far on the other side of its middle
 MIRROR = {"rot": BINS, "rot_sec": BINS, "velocity": (-1, 1, 1)}  # factors of a head's channels in the mirror image
+PERFECT_MAP, PERFECT_NDS = 0.999, 0.99  # of the truth: below, objects are lost or their fields wrong
 MOST_BOXES = 500  # a sample, set by nuScenes
 SMALLEST = 0.01  # metres: the score asks for sizes above 0
 # what is kept: name -> (type, numbers a row); of pictures, and of boxes in the global frame
@@ -45,17 +46,18 @@ BOXES |= {"label": (np.int8, ()), "attribute": (np.int8, ())}
 
 
 @torch.no_grad()
-def decode(outputs, targets, stride=4, count=100, suppress=True):
+def decode(outputs, targets, stride=4, count=100, suppress=True, without=()):
     """Raw heads by name, each [B,C,h,w] -> B detections of `count` boxes, on the CPU.
 
     targets   of the same pictures: calib and affine lead from cells to metres
     suppress  see ops.heatmap.peaks; the source does so
+    without   heads that nobody trained, "velocity" or "nuscenes_att": their part of the answer is 0 or -1
 
     Depth and angle are those of the second stage where the network has one. The centre is the peak's cell plus
     amodel_offset, taken back to the file's pixels and out to that depth.
     """
     scores, labels, index = peaks(outputs["hm"].float().sigmoid(), count, suppress)  # [B,N]
-    said = {name: gather(maps, index).float() for name, maps in outputs.items() if name not in ("hm", "pc_hm")}
+    said = {name: gather(outputs[name], index).float() for name in outputs.keys() - {"hm", "pc_hm", *without}}
     calib, affine = (torch.stack([t[name] for t in targets]).to(scores.device) for name in ("calib", "affine"))
     width = outputs["hm"].shape[-1]
     cell = torch.stack([index % width, index // width], dim=-1).float()  # [B,N,2]
@@ -75,6 +77,11 @@ def decode(outputs, targets, stride=4, count=100, suppress=True):
     }
     found = {name: value.cpu() for name, value in found.items()}  # the whole batch at once
     return [{name: value[i] for name, value in found.items()} for i in range(len(scores))]
+
+
+def untrained(net):
+    """Heads of a CenterFusion whose last bias is the zero that each begins with: what they say is noise."""
+    return [name for name in ("velocity", "nuscenes_att") if not getattr(net, name)[-1].bias.any()]
 
 
 def flip_averaged(outputs, turned):
@@ -130,10 +137,22 @@ def truth(target):
 
 
 def score_truth(evaluator, targets):
-    """The metrics of `targets` scored as if they were detections: what is below perfect is in the data or the score."""
+    """One line on the metrics of `targets` scored as if they were detections: what is below perfect is in the data or
+    in how they are read. "" without the devkit."""
     for target in targets:
         evaluator.update([target], [truth(target)])
-    return evaluator.compute()
+    metrics = evaluator.compute()
+    if not metrics:
+        return ""
+    line = f"ground truth scored as predictions: NDS {metrics['NDS']:.3f}, mAP {metrics['mAP']:.3f}"
+    good = metrics["mAP"] >= PERFECT_MAP and metrics["NDS"] >= PERFECT_NDS
+    return line if good else f"WARNING: {line}; both should be 1: the data are at fault, or the way they are read"
+
+
+def has_devkit():
+    """Is nuscenes-devkit installed? A folder that happens to be called nuscenes is not it."""
+    found = importlib.util.find_spec("nuscenes")
+    return found is not None and found.origin is not None
 
 
 def to_global(detection, target):
@@ -171,6 +190,7 @@ class NuScenesEvaluator:
         self.modalities, self.merge, self.say = modalities, merge, say
         self._parts = []
         self._submission = None
+        self._metrics = {}
 
     def update(self, targets, detections):
         """Adds pictures: two lists of dicts of the same length. Tensors may lie on any device."""
@@ -192,17 +212,21 @@ class NuScenesEvaluator:
             pictures, boxes = (joined(parts) for parts in zip(*everyone))
             pictures, boxes = each_once(pictures, boxes)
             self._submission = submission(pictures, boxes, self.modalities, self.merge)
-            metrics = self._official(pictures)
+            metrics = self._metrics = self._official(pictures)
         return metrics if gather is None else next(found for found in gather(metrics) if found is not None)
 
     def write(self, path):
-        """Writes the submission file of `compute`, in the process that was main: a whole file or none."""
+        """Writes the submission file of `compute`, in the process that was main: a whole file or none. Where there is
+        an official score, per_class.csv beside it too."""
         if self._submission is None:
             raise RuntimeError("call compute() first")
         write_json(path, self._submission)
+        if self._metrics:
+            rows = [(name, f"{self._metrics[f'AP/{name}']:.6f}") for name in CLASSES]
+            write_csv(Path(path).with_name("per_class.csv"), [("class", "AP"), *rows])
 
     def _official(self, pictures):
-        if importlib.util.find_spec("nuscenes") is None:
+        if not has_devkit():
             self.say("no official score: nuscenes-devkit is not installed (pip install -r requirements-nuscenes.txt)")
             return {}
         if not len(pictures["image_id"]):
@@ -301,8 +325,9 @@ def rows_of(folder, table, keep=None):
 @functools.lru_cache(maxsize=1)  # every validation of a run asks for the same samples
 def open_tables(root, version, samples):
     """The devkit's NuScenes of what the score of `samples` (a frozenset of tokens) needs: the annotations, key frames
-    and poses of their scenes, and no map masks, which a partial copy may lack."""
+    and poses of their scenes. Of maps, logs and visibilities, which a partial copy may lack, next to nothing."""
     from nuscenes import NuScenes
+    from nuscenes.eval.detection.utils import category_to_detection_name
 
     folder = Path(root) / version
     everything = rows_of(folder, "sample")
@@ -315,14 +340,24 @@ def open_tables(root, version, samples):
         "sample_data": frames,
         "sample_annotation": rows_of(folder, "sample_annotation", lambda row: row["sample_token"] in near),
         "ego_pose": rows_of(folder, "ego_pose", lambda row: row["token"] in poses),
-        "map": [row | {"filename": ""} for row in rows_of(folder, "map")],  # the devkit looks for the file at once
-    }
+    } | {"map": [{"token": "", "log_tokens": [], "filename": ""}], "log": [], "visibility": []}
 
     class Tables(NuScenes):
         def __load_table__(self, table_name):
             return loaded[table_name] if table_name in loaded else super().__load_table__(table_name)
 
-    return Tables(version, str(root), verbose=False)
+    tables = Tables(version, str(root), verbose=False)
+    for row in tables.sample_annotation:
+        if category_to_detection_name(row["category_name"]) and not is_box(row):
+            row["category_name"] = ""  # the score passes over classes that it does not know
+    return tables
+
+
+def is_box(row):
+    """Can anything have the size, rotation and translation of this annotation? What cannot is not trained on either."""
+    size, rotation = (np.asarray(row[name], np.float32) for name in ("size", "rotation"))
+    finite = all(np.isfinite(values).all() for values in (size, rotation, np.asarray(row["translation"], np.float64)))
+    return bool(finite and (size > 0).all() and rotation.any())
 
 
 def official(results, tables):

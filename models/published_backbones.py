@@ -25,6 +25,11 @@ FAMILIES = {
     "dla34": ("base_layer.0.weight", "level2.tree1.conv1.weight"),
 }
 PREFIXES = ("base_net.", "features.", "model.", "backbone.body.", "base.")  # of a backbone within a larger network
+NAMED = 20  # classes named in one message
+WIDTHS = (
+    "; train_backbone.py rounds a width's channels to 8, as torchvision, this network cuts them off, as its source: "
+    "give --width-mult there and --mb2-width-mult here the same whole number, such as 1.0"
+)
 
 
 def load_base_net(net, path_or_state_dict):
@@ -42,7 +47,8 @@ def load_base_net(net, path_or_state_dict):
     check_family(family_of(state, FAMILIES, label), needed, label, net.name)
     state = with_counters(state, own)
     fresh = {n for n in own if needed == "vgg16" and n.startswith(("31.", "33.")) and n not in state}
-    check_shapes(state, {name: value for name, value in own.items() if name not in fresh}, label, net.name)
+    needs = {name: value for name, value in own.items() if name not in fresh}
+    check_shapes(state, needs, label, net.name, WIDTHS if needed == "mobilenet_v2" else "")
     state = {name: state[name] for name in own if name not in fresh}
     if from_imagenet or "image_mean" in saved:
         mean, std = saved.get("image_mean", IMAGENET_MEAN), saved.get("image_std", IMAGENET_STD)
@@ -57,12 +63,13 @@ def check_family(given, needed, label, user):
         raise WeightsError(f"{label}: holds a {given}, but {user} stands on {needed}; give a {needed} file")
 
 
-def check_shapes(state, needed, label, user):
-    """Every tensor of the dict `needed` is in `state` with the same shape; else WeightsError naming the first."""
+def check_shapes(state, needed, label, user, remedy=""):
+    """Every tensor of the dict `needed` is in `state` with the same shape; else WeightsError naming the first, with the
+    `remedy`."""
     for name, value in needed.items():
         if name not in state or state[name].shape != value.shape:
             shape = list(state[name].shape) if name in state else "missing"
-            raise WeightsError(f"{label}: {name} is {shape}, {user} needs {list(value.shape)}")
+            raise WeightsError(f"{label}: {name} is {shape}, {user} needs {list(value.shape)}{remedy}")
 
 
 def load_backbone(body, needed, path_or_state_dict, user):
@@ -83,22 +90,43 @@ def load_backbone(body, needed, path_or_state_dict, user):
     return f"{len(own)} of {len(own)} tensors"
 
 
-def load_classifier(net, path_or_state_dict):
-    """Put the weights of a file into a whole classifier, strictly but for the last layer of another class count.
+def load_classifier(net, path_or_state_dict, exact=False):
+    """Put the weights of a file into a whole classifier; returns one line that says what was taken.
 
-    Returns one line that says what was taken.
+    Where the names of the classes are known (`net.classes`) and the file has them all, its last layer is taken by name;
+    else the last layer of other names or of another class count stays fresh. All other tensors must fit.
+
+    exact   WeightsError where the file has other classes, or the same in another order
     """
-    _, state, label = open_weights(path_or_state_dict)
+    saved, state, label = open_weights(path_or_state_dict)
     check_family(family_of(bare_names(state), FAMILIES, label), net.name, label, "this run")
     own = net.state_dict()
     head = list(own)[-2:]  # weight and bias of the last layer
     given = len(state.get(head[1], own[head[1]]))
-    if given == net.num_classes:
+    classes, wanted = saved.get("classes"), getattr(net, "classes", None)
+    renamed = bool(classes and wanted and classes != wanted and given == len(classes))
+    if exact and (renamed or given != net.num_classes):
+        raise WeightsError(f"{label}: {_other_classes(classes, wanted, given, net.num_classes)}")
+    if renamed and set(wanted) <= set(classes):
+        rows = [classes.index(name) for name in wanted]
+        load_strictly(net, {name: value[rows] if name in head else value for name, value in state.items()}, label)
+        return f"{len(own)} of {len(own)} tensors loaded, {len(wanted)} of its {given} classes by name"
+    if given == net.num_classes and not renamed:
         load_strictly(net, state, label)
         return f"{len(own)} of {len(own)} tensors loaded"
     load_strictly(net, {**state, **{name: own[name] for name in head}}, label)
-    counts = f"checkpoint {given} classes, data {net.num_classes}"
+    names = " of other names" * (given == net.num_classes)
+    counts = f"checkpoint {given} classes{names}, data {net.num_classes}"
     return f"{counts}: head re-initialised, {len(own) - len(head)} of {len(own)} tensors loaded"
+
+
+def _other_classes(classes, wanted, given, count):
+    """Why the classes of a file are not those of the data, both orders shown."""
+    if not (classes and wanted):
+        return f"holds {given} classes, the data {count}; give the data that it was trained on"
+    lists = [", ".join(names[:NAMED]) + " ..." * (len(names) > NAMED) for names in (classes, wanted)]
+    remedy = "give the data that it was trained on, or go on with its run by --resume"
+    return f"its {given} classes are ({lists[0]}), the data's {count} ({lists[1]}); {remedy}"
 
 
 def imagenet(name):
@@ -116,20 +144,21 @@ def imagenet(name):
         raise WeightsError(f"{error}; put it at {path}") from error
 
 
-def begin_backbone(net, pretrained, weights, fetch=True, say=print):
+def begin_backbone(net, pretrained, weights, fetch=True, say=print, exact=False):
     """The weights that a classifier's training starts from; says what was taken. Raises WeightsError.
 
     pretrained   true: torchvision's ImageNet weights (see `imagenet`)
     weights      file, or "": see `load_classifier`
     fetch        false in all processes but the main one, whose weights the others get later
+    exact        WeightsError where the weights are of other classes, see `load_classifier`
     """
     if pretrained and weights:
         raise WeightsError(f"--pretrained and --weights {weights}: give one of them")
     if weights:
-        say(f"{weights}: {load_classifier(net, weights)}")
+        say(f"{weights}: {load_classifier(net, weights, exact)}")
     elif pretrained and fetch:
         try:
-            say(f"ImageNet weights: {load_classifier(net, imagenet(net.name))}")
+            say(f"ImageNet weights: {load_classifier(net, imagenet(net.name), exact)}")
         except WeightsError as error:
             raise WeightsError(f"--pretrained: {error}, or name a file with --weights") from error
 

@@ -55,8 +55,8 @@ def test_unreadable(faulty):
     for workers in (0, 1):
         found = check.unreadable(train, workers, progress=False)
         assert list(found) == [2]
-        assert (found[2].path, found[2].kind) == (str(files[2]), "image")
-    assert [error.path for error in check.unreadable(val, 0, progress=False).values()] == [str(files[3])]
+        assert [(each.path, each.kind) for each in found[2]] == [(str(files[2]), "image")]
+    assert [error.path for (error,) in check.unreadable(val, 0, progress=False).values()] == [str(files[3])]
 
 
 def test_check_data_lists_every_fault_and_writes_json(faulty, tmp_path):

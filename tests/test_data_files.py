@@ -1,3 +1,4 @@
+import os
 import zipfile
 
 import numpy as np
@@ -25,6 +26,16 @@ def test_kept_arrays_are_the_same_and_stay_in_the_file(tmp_path):
     assert isinstance(kept["long"].base, np.memmap) and not kept["long"].flags.writeable
     assert keep_arrays(file, {"format": np.array(4)})  # another file in its place: what is held stays as it was
     np.testing.assert_array_equal(kept["long"], given["long"])
+
+
+def test_others_may_read_kept_arrays_as_far_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert keep_arrays(tmp_path / "some.npz", {"a": np.arange(3)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "some.npz").stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in tmp_path.iterdir()] == ["some.npz"]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.99])

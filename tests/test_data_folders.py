@@ -74,10 +74,11 @@ def test_mistakes(root):
     with pytest.raises(DataError, match=r"nowhere/train: no such folder; .*--train DIR"):
         folders.load("nowhere")
     (root / "val/cow").mkdir()
-    with pytest.raises(DataError, match=r"val: no picture \(\.jpg .*\) in cow; fill or remove"):
+    with pytest.raises(DataError, match=r"val/cow: no picture \(\.jpg .*\) in this class folder; fill or remove"):
         folders.load(root)
     (root / "val/cow/7.jpg").touch()
-    with pytest.raises(DataError, match="val: classes that training does not have: cow"):
+    os.utime(root / "val/cow", ns=(1, 1))
+    with pytest.raises(DataError, match="val/cow: training has no such class; remove or rename the folder"):
         folders.load(root)
     (root / "plain").mkdir()
     (root / "plain/8.jpg").touch()
@@ -85,11 +86,28 @@ def test_mistakes(root):
         folders.load(root, train=root / "plain")
 
 
+def test_all_faulty_folders_are_listed(root):
+    """Also from the kept lists of files, the second time; the pictures of an unknown class are read by the check."""
+    for name in ("train/c1", "train/c2", "val/c1", "val/d1"):
+        (root / name).mkdir()
+    (root / "val/d1/8.jpg").touch()
+    for _ in range(2):
+        faults = []
+        train, val = folders.load(root, faults=faults)
+        found = [(os.path.relpath(fault.path, root), fault.reason[:10]) for fault in faults]
+        bare = [(name, "no picture") for name in ("train/c1", "train/c2", "val/c1")]
+        assert found == [*bare, ("val/d1", "training h")]
+        assert -1 not in train.labels and val.labels.tolist() == [2, -1, 3]
+    assert "d1/8.jpg" in [val.paths[index] for index in check.unreadable(val, workers=0, progress=False)]
+    said = []
+    with pytest.raises(DataError, match="4 faults in the data, listed above"):
+        folders.settle(train, val, faults, "skip", 0, said.append)
+    assert len(said) == 4
+
+
 def test_many_names_are_not_all_said(root):
-    for number in range(30):
-        (root / f"train/c{number:02}").mkdir()
-    with pytest.raises(DataError, match=r"in c00, .*, c09 and 20 more; fill") as caught:
-        folders.load(root)
+    with pytest.raises(DataError, match=r"only the checkpoint has c00, .*, c09 and 20 more; only") as caught:
+        folders.load(root, classes=[f"c{number:02}" for number in range(30)])
     assert "\n" not in str(caught.value)
 
 
@@ -154,6 +172,17 @@ def test_a_damaged_list_is_made_anew(root, damage, monkeypatch):
     assert not listed and len(said) == 1
 
 
+def test_a_list_that_may_not_be_read_is_not_called_damaged(root, monkeypatch):
+    whole, said = names(folders.load(root)[0]), []
+
+    def refuse(file):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(folders, "kept_arrays", refuse)
+    assert names(folders.load(root, say=said.append)[0]) == whole
+    assert len(said) == 2 and all("may not be read" in line and "damaged" not in line for line in said)
+
+
 def test_a_list_of_another_format_is_made_anew(root, monkeypatch):
     folders.load(root)
     listed = scans(monkeypatch)
@@ -163,14 +192,14 @@ def test_a_list_of_another_format_is_made_anew(root, monkeypatch):
 
 
 def test_where_the_data_cannot_be_written(root, tmp_path, monkeypatch):
-    real = files.tempfile.NamedTemporaryFile
+    real = os.replace
 
-    def refuse(dir, **options):
-        if Path(dir) == root:
+    def refuse(source, place):
+        if Path(place).parent == root:
             raise PermissionError("read-only")
-        return real(dir=dir, **options)
+        real(source, place)
 
-    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(files.os, "replace", refuse)
     listed, said = scans(monkeypatch), []
     folders.load(root, cache=tmp_path / "run", say=said.append)
     assert not said and not kept(root) and len(kept(tmp_path / "run")) == 2
@@ -227,6 +256,8 @@ def test_an_unreadable_picture_is_named(root):
     assert sorted(check.unreadable(train, workers=0, progress=False)) == [0, 1, 2]
     said = []
     assert len(check.skip_unreadable(train, 0, said.append)) == 0 and len(said) == 3
+    with pytest.raises(DataError, match="no picture left for train"):
+        folders.settle(*folders.load(root), [], "skip", 0, said.append)
 
 
 def test_the_summary_of_many_classes(tmp_path):

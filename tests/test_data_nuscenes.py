@@ -3,13 +3,14 @@
 import os
 import pickle
 import shutil
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data import PER_OBJECT, check_target, nuscenes_radar, tables
+from data import PER_OBJECT, check, check_target, nuscenes_radar, tables
 from data.errors import DataError
 from data.nuscenes_radar import SEEN_BY, rotation_matrix
 from data.tables import CAMERAS, CLASSES, RADARS
@@ -279,9 +280,10 @@ def test_splits(world, tmp_path):
 
 
 def test_splits_of_the_devkit(monkeypatch, tmp_path):
-    monkeypatch.setattr(nuscenes_radar.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"split val: .*install nuscenes-devkit, or write .*val\.txt"):
-        nuscenes_radar.scenes_of("val", tmp_path)
+    for found in (None, ModuleSpec("nuscenes", None, is_package=True)):  # the latter: a folder of that name
+        monkeypatch.setattr(nuscenes_radar.importlib.util, "find_spec", lambda name, found=found: found)
+        with pytest.raises(DataError, match=r"split val: .*install nuscenes-devkit, or write .*val\.txt"):
+            nuscenes_radar.scenes_of("val", tmp_path)
     (tmp_path / "val.txt").write_text("scene-0003\n")
     assert nuscenes_radar.scenes_of("val", tmp_path) == ["scene-0003"]
     monkeypatch.undo()
@@ -334,6 +336,38 @@ def test_a_picture_of_another_size_is_named(tmp_path):
         dataset[0]
 
 
+def test_every_bad_file_of_a_picture_is_listed(tmp_path):
+    World(tmp_path, scenes=("scene-0061",))
+    dataset = nuscenes_radar.load(tmp_path, "v1.0-mini", "mini_train")
+    bad = [dataset.path(frame) for frame in (dataset.frames[6], *dataset.sweeps[1, 0, :2])]  # CAM_FRONT's, of one radar
+    for path in bad:
+        with open(path, "wb") as file:
+            file.write(b"broken")
+    found = check.unreadable(dataset, 0, progress=False)
+    assert [fault.path for fault in found[6]] == bad
+    assert {fault.path for faults in found.values() for fault in faults} == set(bad)
+    assert dataset.paths[6] == bad[0]
+
+
+def test_pictures_that_show_nothing_are_counted(dataset, monkeypatch):
+    monkeypatch.setattr(nuscenes_radar, "CHUNK", 5)
+    shown = [len(dataset.annotation(index)["boxes"]) for index in range(len(dataset))]
+    assert dataset.shown().tolist() == shown and len(set(shown)) > 1
+    tokens = dataset.tables.annotation_center
+    monkeypatch.setattr(dataset.tables, "annotation_center", tokens + [0, 0, 1e4])
+    assert "images 18, background 18 (100 %), key" in dataset.summary()
+
+
+def test_boxes_that_nothing_has_are_faults(tmp_path):
+    world = World(tmp_path)
+    world.tables["sample_annotation"][0]["size"] = [0, 1, 1]
+    world.write()
+    train, val = (nuscenes_radar.load(tmp_path, "v1.0-mini", split) for split in ("mini_train", "mini_val"))
+    (fault,) = train.faults()
+    assert str(fault) == f"{tmp_path}/v1.0-mini/sample_annotation.json: record 1: no box: its size 0, 1, 1"
+    assert fault.kind == "box" and val.faults() == [] and "impossible boxes 1" in train.summary()
+
+
 def test_without_and_counts(dataset):
     less = dataset.without([0, 3])
     assert len(less) == 16 and len(dataset) == 18 and dataset.frames[0] not in less.frames
@@ -344,7 +378,8 @@ def test_without_and_counts(dataset):
     expected = sum(3 - count % 2 for count in range(len(CATEGORIES) - 1) if count % 3)
     assert (
         counts.sum() == expected
-        and f"images 18, key frames 3, radar sweeps {(dataset.sweeps[:3] >= 0).sum()}" in dataset.summary()
+        and f"images 18, background 0 (0 %), key frames 3, radar sweeps {(dataset.sweeps[:3] >= 0).sum()}"
+        in dataset.summary()
     )
 
 

@@ -51,6 +51,45 @@ def test_where_tables_are_kept(world, tmp_path):
     assert "could not be written" in said[-1] and len(said) == 2
 
 
+def test_kept_tables_that_may_not_be_read_are_not_damaged(world, tmp_path, monkeypatch):
+    said = []
+    tables.load(world.root, "v1.0-mini", tmp_path)
+
+    def refused(file):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tables, "kept_arrays", refused)
+    assert len(tables.load(world.root, "v1.0-mini", tmp_path, said.append).scene_names) == 2
+    assert "may not be read" in said[0] and "damaged" not in said[0]
+
+
+def test_boxes_that_nothing_has_are_left_out_and_kept_in_mind(tmp_path):
+    small = World(tmp_path, scenes=("scene-0061",))
+    records, nan = small.tables["sample_annotation"], float("nan")
+    whole = tables._read(tmp_path / "v1.0-mini")
+    records[0]["size"], records[3]["size"] = [0, 1, 1], [2, -1, 1]
+    records[4]["rotation"], records[5]["translation"] = [0, 0, 0, 0], [nan, float("inf"), 1]
+    records[-1]["size"] = [0, 0, 0]  # of an animal, which no one looks for
+    small.write()
+    less = tables.load(tmp_path, "v1.0-mini")
+    assert len(less.annotation_label) == len(whole["annotation_label"]) - 4 == less.annotation_first[-1]
+    assert less.impossible_record.tolist() == [1, 4, 5, 6]
+    assert less.impossible_reason.tolist() == [
+        "no box: its size 0, 1, 1",
+        "no box: its size 2, -1, 1",
+        "no box: its rotation 0, 0, 0, 0",
+        "no box: its translation nan, inf, 1",
+    ]
+    tokens = [less.sample_tokens[sample] for sample in less.impossible_sample]
+    assert tokens == [records[row]["sample_token"] for row in (0, 3, 4, 5)]
+    kept = np.isin(whole["annotation_center"], less.annotation_center).all(axis=1)
+    for name in ("label", "size", "velocity"):
+        values, expected = getattr(less, f"annotation_{name}"), whole[f"annotation_{name}"][kept]
+        same = values == expected if name != "velocity" else np.isclose(values, expected).all(axis=1)
+        lost = np.isnan(values).any(axis=-1) if name == "velocity" else np.zeros(len(values), bool)
+        assert (same | lost[:, None] if same.ndim > 1 else same | lost).all() and lost.sum() <= 1
+
+
 def test_tables_larger_than_a_piece(world, tmp_path, monkeypatch):
     whole = tables._read(world.root / "v1.0-mini")
     monkeypatch.setattr(tables, "PIECE", 1500)  # a record or two
@@ -65,6 +104,13 @@ def test_tables_larger_than_a_piece(world, tmp_path, monkeypatch):
         ("sample", '[{"token": "a"}]', "record 1: has no field or no record elsewhere for 'scene_token'"),
         ("sample", '[{"token": "a", "scene_token": "nowhere", "timestamp": 1}]', "for 'nowhere'"),
         ("sample", "[3]", "record 1: is no such record"),
+        ("sample", "[3, {}, 4, 5]", "record 1: is .*; record 2 has no field .*; record 3 is .*; 1 more$"),
+        ("scene", '[{"token": "x"}, {"token": "y"}]', "record 1: has no field .*; record 2 has no field"),
+        (
+            "sample",
+            '[{"token": "a", "scene_token": "scene-0061", "timestamp": 99999999999999999999}]',
+            "record 1: is no such record",
+        ),
         ("scene", '[{"token": "x", "name": "y"}, {"token":', "record 2: not valid JSON"),
         ("ego_pose", "[]", "lacks 126 poses"),
         (

@@ -8,12 +8,13 @@ import os
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import coco
 from evaluation import score_truth
-from evaluation.coco import MEASURES, COCOEvaluator
+from evaluation.coco import MEASURES, COCOEvaluator, read_truth
 
 CLASSES = ["apple", "pear", "plum", "fig"]
 
@@ -159,6 +160,35 @@ def test_labels_become_the_files_categories(tmp_path):
         {"image_id": 9, "category_id": 70, "bbox": [10, 10, 40, 40], "score": 0.5},
         {"image_id": 9, "category_id": 7, "bbox": [60, 60, 30, 30], "score": 0.75},
     ]
+
+
+def test_truth_is_tolerant_where_the_loader_is(tmp_path):
+    """Rows that data.coco reports and drops are no truth either, so truth scored as predictions stays 1.0."""
+    ids = {"image_id": 9, "category_id": 3}
+    rows = [
+        {**ids, "bbox": [10, 10, 40, 40], "iscrowd": None, "area": None},
+        {**ids, "bbox": [60, 30, 30, 40], "area": 10**400},
+    ]
+    boxes = [[5, 5, 0, 9], [5, 5, 9, -1], [99, 5, 9, 9], [95 - 2e-6, 5, 1e-6, 9], [5, 5, 9], [5, 5, None, 9]]
+    boxes += [[5, float("nan"), 9, 9], [10**400, 5, 9, 9], None, 7]
+    rows += [{**ids, "bbox": box} for box in boxes]
+    whole = {"bbox": [1, 1, 9, 9]}
+    rows += [ids, {"image_id": 9, **whole}, {**ids, "category_id": None, **whole}, {**ids, "image_id": [9], **whole}]
+    for folder in ("annotations", "train2017"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (99, 80)).save(tmp_path / "train2017/9.jpg")
+    images = [{"id": 9, "file_name": "9.jpg", "width": 99, "height": 80}, {"id": None}, {"id": 8, "height": None}]
+    content = {"images": images, "annotations": rows, "categories": [{"id": 3, "name": "fig"}]}
+    path = tmp_path / "annotations/instances_train2017.json"
+    path.write_text(json.dumps(content), encoding="utf-8-sig")
+    faults = []
+    dataset = coco.load([tmp_path], "train", faults=faults)
+    assert len([fault for fault in faults if fault.kind == "box"]) == len(rows) - 2
+    assert read_truth(str(path), 0)["area"].tolist() == [1600, 1200]
+    assert not len(read_truth(str(path), 0, masks=True)["counts"])  # none has an outline
+    told = (dataset.annotation_file, dataset.source_ids, dataset.category_ids)
+    metrics = score_truth(COCOEvaluator(dataset.classes, *told), dataset)
+    assert (metrics["AP"], metrics["AR_100"]) == pytest.approx((1, 1))
 
 
 def test_a_file_written_anew_is_read_anew(tmp_path):

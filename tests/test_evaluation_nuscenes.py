@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
@@ -44,18 +45,10 @@ class World:
             for k in range(3):
                 away, angle = 8 + 6 * k + label / 3, math.radians(60 * random.integers(6) + 24 * random.random() - 12)
                 speed = 0.0 if first == end else random.uniform(-1, 1)
-                self.objects.append(
-                    {
-                        "label": label,
-                        "start": np.array(
-                            [500 + away * math.cos(angle), 900 + away * math.sin(angle), random.uniform(0, 3)]
-                        ),
-                        "size": random.uniform(0.5, 3, 3),
-                        "yaw": random.uniform(-3, 3),
-                        "speed": speed,
-                        "attribute": -1 if first == end else int(random.integers(first, end)),
-                    }
-                )
+                place = [500 + away * math.cos(angle), 900 + away * math.sin(angle), random.uniform(0, 3)]
+                one = {"label": label, "start": np.array(place), "size": random.uniform(0.5, 3, 3), "speed": speed}
+                one |= {"yaw": random.uniform(-3, 3)}
+                self.objects.append(one | {"attribute": -1 if first == end else int(random.integers(first, end))})
 
     def rack(self):
         bicycle = next(one for one in self.objects if one["label"] == CLASSES.index("bicycle"))
@@ -192,8 +185,7 @@ def test_the_second_stage_has_the_last_word(world):
         turned_by = wrap(second["yaw"] - first["yaw"])[first["scores"] > 0.99].abs()
         assert len(turned_by) > 2
         torch.testing.assert_close(turned_by, torch.full_like(turned_by, math.pi))
-    del heads["velocity"], heads["nuscenes_att"]
-    bare = nuscenes.decode(heads, targets, count=5)[0]
+    bare = nuscenes.decode(heads, targets, count=5, without=("velocity", "nuscenes_att"))[0]
     assert (bare["velocity"] == 0).all() and (bare["attribute"] == -1).all()
 
 
@@ -272,8 +264,9 @@ def test_one_object_in_two_cameras(tmp_path, monkeypatch, merge, kept):
     assert [box["translation"][0] for box in boxes[:3]] == [1.0] * 3
 
 
-def test_without_the_devkit_one_line(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("found", [None, ModuleSpec("nuscenes", None, is_package=True)])  # a folder of that name
+def test_without_the_devkit_one_line(monkeypatch, found):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     lines = []
     evaluator = NuScenesEvaluator("nowhere", "v1.0-mini", "mini_val", say=lines.append)
     with pytest.raises(RuntimeError, match="compute"):
@@ -321,12 +314,33 @@ def tables(world, tmp_path_factory):
     return root
 
 
-def test_the_truth_scores_one(world, tables):
-    metrics, _, lines = scored(world, tables, world.targets())
+def test_the_truth_scores_one(world, tables, tmp_path):
+    metrics, evaluator, lines = scored(world, tables, world.targets())
     assert lines == ["partial: 4 of 81 samples of mini_val are scored"]
     assert set(nuscenes.MEASURES) <= set(metrics) and all(type(value) is float for value in metrics.values())
     assert metrics["mAP"] == pytest.approx(1) and metrics["NDS"] > 0.999 and metrics["AP/barrier"] == pytest.approx(1)
     assert all(metrics[name] < 1e-3 for name in nuscenes.ERRORS)
+    evaluator.write(tmp_path / "submission.json")
+    table = (tmp_path / "per_class.csv").read_text().splitlines()
+    assert table[:2] == ["class,AP", "car,1.000000"] and len(table) == 1 + len(CLASSES)
+
+
+def test_what_is_said_of_the_truth(world, tables):
+    evaluators = [NuScenesEvaluator(tables, "v1.0-mini", "mini_val", say=lambda line: None) for _ in range(2)]
+    assert nuscenes.score_truth(evaluators[0], world.targets()).startswith("ground truth scored as predictions: NDS 1.")
+    assert nuscenes.score_truth(evaluators[1], world.targets()[::2]).startswith("WARNING: ground truth scored as")
+
+
+def test_tables_that_lack_and_boxes_that_nothing_has(world, tmp_path):
+    pytest.importorskip("nuscenes")
+    world.write(tmp_path)
+    for name in ("map", "log", "visibility"):
+        (tmp_path / "v1.0-mini" / f"{name}.json").unlink()
+    file = tmp_path / "v1.0-mini" / "sample_annotation.json"
+    rows = json.loads(file.read_text())
+    rows[0]["size"], rows[5]["translation"] = [0, 1, 1], [math.nan] * 3
+    file.write_text(json.dumps(rows))
+    assert 0.9 < scored(world, tmp_path, world.targets())[0]["mAP"] < 1  # two boxes too many, and no AssertionError
 
 
 def test_the_score_is_that_of_the_official_file_route(world, tables, tmp_path):
@@ -362,13 +376,9 @@ def test_part_of_the_samples_and_two_processes(world, tables):
     def gather_first(value):  # what `gather` gives: first the rows of both, then their answers
         said.append(value)
         if len(said) == 1:
-            return [
-                value,
-                [
-                    nuscenes.stacked([part[i] for part in evaluators[1]._parts], columns)
-                    for i, columns in enumerate((nuscenes.PICTURES, nuscenes.BOXES))
-                ],
-            ]
+            kinds = enumerate((nuscenes.PICTURES, nuscenes.BOXES))
+            theirs = [nuscenes.stacked([part[i] for part in evaluators[1]._parts], kind) for i, kind in kinds]
+            return [value, theirs]
         return [value, None]
 
     assert evaluators[0].compute(gather_first) == whole

@@ -209,6 +209,34 @@ def test_begin_from_a_file(tmp_path):
         published.begin_backbone(net, True, "x.pt")
 
 
+def test_the_last_layer_is_taken_by_name(tmp_path):
+    """Classes in another order or fewer of them keep their rows; others start afresh, and --eval-only refuses both."""
+    source, said, file = models.build("resnet18", 3), [], str(tmp_path / "x.pt")
+    torch.save(checkpoint(source, classes=["ant", "bee", "cow"]), file)
+    for names, rows, line in (
+        (["cow", "ant", "bee"], [2, 0, 1], "122 of 122 tensors loaded, 3 of its 3 classes by name"),
+        (["bee", "ant"], [1, 0], "122 of 122 tensors loaded, 2 of its 3 classes by name"),
+        (["ant", "bee", "dog"], None, "checkpoint 3 classes of other names, data 3: head re-initialised, 120 of 122"),
+        (["ant", "bee", "dog", "cow"], None, "checkpoint 3 classes, data 4: head re-initialised, 120 of 122"),
+    ):
+        net = models.build("resnet18", len(names))
+        net.classes, fresh = names, net.fc.weight.clone()
+        with pytest.raises(WeightsError) as caught:
+            published.begin_backbone(net, False, file, exact=True)
+        assert "(ant, bee, cow)" in str(caught.value) and f"({', '.join(names)})" in str(caught.value)
+        published.begin_backbone(net, False, file, say=said.append)
+        assert line in said[-1]
+        expected = source.fc.weight[rows] if rows else fresh
+        torch.testing.assert_close(net.fc.weight, expected, rtol=0, atol=0)
+    net = models.build("resnet18", 3)
+    net.classes = ["ant", "bee", "cow"]
+    published.begin_backbone(net, False, file, say=said.append, exact=True)
+    assert said[-1].endswith("122 of 122 tensors loaded")
+    torch.save(source.state_dict(), file)  # of unknown names
+    with pytest.raises(WeightsError, match="holds 3 classes, the data 5"):
+        published.begin_backbone(models.build("resnet18", 5), False, file, exact=True)
+
+
 def test_begin_pretrained(tmp_path, monkeypatch):
     """torchvision's file where it lies already; clear errors where there is none and where it has none."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

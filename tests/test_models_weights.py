@@ -214,6 +214,18 @@ def test_base_net_of_another_family():
         )
 
 
+@pytest.mark.parametrize("width_mult", [0.5, 1.4, 2.0])
+def test_widths_of_a_base_net(width_mult):
+    """Only at whole numbers are a backbone's channels, rounded to 8, those of the detector, which are cut off."""
+    state = models.build("mobilenet_v2", 3, width_mult=width_mult).state_dict()
+    net = models.build("mb2-ssd-lite", 2, width_mult=width_mult)
+    if width_mult == 2:
+        assert published.load_base_net(net, state) == "312 of 312 tensors"
+        return
+    with pytest.raises(WeightsError, match="--width-mult there and --mb2-width-mult here the same whole number"):
+        published.load_base_net(net, state)
+
+
 def test_load_matching_leaves_the_head_of_other_classes():
     source, net = models.build("mb1-ssd", 20), models.build("mb1-ssd", 5)
     head = net.classification_headers[0].weight.clone()

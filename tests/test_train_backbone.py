@@ -2,6 +2,7 @@
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +167,60 @@ def test_mistakes_are_told(shapes, tmp_path):
         train(shapes, tmp_path / "run", "--monitor", "mAP", "--overwrite")
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("--lr -1", "--learning-rate/--lr"),
+        ("--lr inf", "--learning-rate/--lr"),
+        ("--erase 2", "--erase"),
+        ("--label-smoothing 1.5", "--label-smoothing"),
+        ("--mixup -1", "--mixup"),
+        ("--cutmix nan", "--cutmix"),
+        ("--jitter -1", "--jitter"),
+        ("--crop-scale 0.5 1.1", "--crop-scale"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(words, flag, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train_backbone.main(words.split())
+    assert f"argument {flag}: " in capsys.readouterr().err
+
+
+def test_flags_that_do_not_go_together(shapes, tmp_path):
+    with pytest.raises(flags.UsageError, match="--width-mult: resnet18 has one width; leave it out, or give --arch"):
+        train(shapes, tmp_path, "--width-mult", 0.5)
+    with pytest.raises(flags.UsageError, match="--val-resize 40: give 0, or at least the 48 pixels cut out"):
+        train(shapes, tmp_path, "--val-resolution", 48, "--val-resize", 40)
+    assert not list(tmp_path.iterdir())
+
+
+def test_validation_at_another_size(shapes, tmp_path, monkeypatch):
+    """It is what the network is judged and handed on at; training keeps its own."""
+    sizes, real = [], train_backbone.normalize
+
+    def normalize(images, *moments):
+        sizes.append(tuple(images.shape[-2:]))
+        return real(images, *moments)
+
+    monkeypatch.setattr(train_backbone, "normalize", normalize)
+    train(shapes, tmp_path, "--val-resolution", 48, "--max-steps", 1)
+    assert set(sizes[:1]) == {(32, 32)} and set(sizes[1:]) == {(48, 48)}
+    assert models.load(tmp_path / "backbone.pt").image_size == (48, 48)
+    recipe = train_backbone.parse_args(["--config", "configs/resnet50_imagenet.toml"])  # torchvision's 176, 232, 224
+    assert (recipe.resolution, recipe.val_resize, recipe.val_resolution) == (176, 232, 224)
+
+
+def test_eval_only_refuses_weights_of_other_classes(shapes, tmp_path):
+    train(shapes, tmp_path / "run", "--max-steps", 1)
+    file = tmp_path / "run" / "backbone.pt"
+    more = ["--weights", file, "--eval-only"]
+    saved = torch.load(file, weights_only=True)
+    assert train(shapes, tmp_path / "good", *more).keys() == {"loss", "top1", "top5"}
+    torch.save(saved | {"classes": saved["classes"][::-1]}, file)
+    with pytest.raises(WeightsError, match=r"its 5 classes are \(.*\), the data's 5 \(.*\); give the data"):
+        train(shapes, tmp_path / "bad", *more)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(shapes, tmp_path):
     more = ["--lr", 1e30, "--save-every-steps", 1, "--max-steps", 8, "--freeze-bn", "--validation-epochs", 99]
     with pytest.raises(log.NonFinite):
@@ -180,11 +235,23 @@ def test_check_data_names_a_broken_picture(shapes, tmp_path):
     data = drawn.draw_imagefolder(tmp_path / "data", images=20, seed=2)
     broken = sorted(data.rglob("*.jpg"))[0]
     broken.write_bytes(broken.read_bytes()[:300])
+    for name in ("train/bare", "val/bare", "val/other"):
+        (data / name).mkdir()
     process = launch("train_backbone.py", *words(data, tmp_path / "run", "--check-data"))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert broken.name in errors and "Traceback" not in errors
+    assert "5 faults in the data" in errors and "Traceback" not in errors
+    report = json.loads((tmp_path / "run" / "data_faults.json").read_text())
+    faults = [Path(fault["path"]).relative_to(data) for fault in report["faults"]]
+    assert [str(path) for path in faults[:-1]] == ["train/bare", "val/bare", "val/other", "val/other"]
+    assert faults[-1] == broken.relative_to(data)
+    for name in ("train/bare", "val/bare", "val/other"):
+        (data / name).rmdir()
     assert train(data, tmp_path / "skipped", "--bad-images", "skip", "--max-steps", 1)["loss"] > 0
+    for file in (data / "val").rglob("*.jpg"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="no picture left for val"):
+        train(data, tmp_path / "none", "--bad-images", "skip")
 
 
 def test_preflight(shapes, tmp_path, capsys):

@@ -10,8 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import models
 import train_centerfusion
 from data import DataError, drawn, nuscenes_radar
+from evaluation import nuscenes
 from losses import centerfusion
-from tests.scripts import fingerprint, last_line, launch, tensors
+from tests.scripts import ROOT, fingerprint, last_line, launch, tensors
 from training import checkpoints
 from training.flags import UsageError
 
@@ -113,7 +114,8 @@ def test_the_flip_test_and_weighted_classes_change_what_they_should(world, tmp_p
     found = []
     for more in ([], ["--flip_test"], ["--class-weights", "car=3"]):
         metrics = train(world, tmp_path / "run", *again, *more)
-        found.append((metrics, (tmp_path / "run" / "submission.json").read_text()))
+        losses = {name: metrics[name] for name in ("loss", *centerfusion.WEIGHTS)}
+        found.append((losses, (tmp_path / "run" / "submission.json").read_text()))
     (plain, boxes), (flipped, other_boxes), (weighted, same_boxes) = found
     assert flipped == plain and other_boxes != boxes
     assert weighted["hm"] > plain["hm"] and weighted["dep"] == plain["dep"] and same_boxes == boxes
@@ -122,6 +124,28 @@ def test_the_flip_test_and_weighted_classes_change_what_they_should(world, tmp_p
 def test_preflight_tells_the_memory_and_trains_nothing(world, tmp_path, capsys):
     assert train(world, tmp_path, "--pointcloud", "--preflight", "--accumulate", 2) == {}
     assert "memory" in capsys.readouterr().out and not (tmp_path / "last.pt").exists()
+    train(world, tmp_path, "--pointcloud", "--max-steps", 1)
+    before = fingerprint(tmp_path)
+    for more in ([], ["--overwrite"], ["--resume"]):  # beside a run, which stays as it is
+        assert train(world, tmp_path, "--pointcloud", "--preflight", *more) == {}
+    assert fingerprint(tmp_path) == before
+
+
+def test_preflight_has_what_the_optimiser_keeps_and_says_when_the_memory_is_full(world, tmp_path, monkeypatch):
+    built, build = [], train_centerfusion.optimizers.build
+
+    def noted(*args):
+        built.append(build(*args))
+        return built[0]
+
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train_centerfusion.optimizers, "build", noted)
+    monkeypatch.setattr(train_centerfusion, "evaluate", full)
+    with pytest.raises(UsageError, match=r"out of memory: .* next, try --accumulate 2"):
+        train(world, tmp_path, "--pointcloud", "--preflight")
+    assert built[0].state and all("exp_avg" in state for state in built[0].state.values())
 
 
 def test_every_fault_is_listed_or_skipped(world, tmp_path, capsys):
@@ -140,6 +164,42 @@ def test_every_fault_is_listed_or_skipped(world, tmp_path, capsys):
     assert f"{picture}" in capsys.readouterr().out
 
 
+def test_boxes_that_nothing_has_are_listed_dropped_or_refused(world, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(world / "v1.0-mini", data / "v1.0-mini")
+    for folder in ("samples", "sweeps"):
+        (data / folder).symlink_to(world / folder)
+    file = data / "v1.0-mini/sample_annotation.json"
+    records = json.loads(file.read_text())
+    for record in records[:4]:
+        record["size"] = [0.0, 1.0, 1.0]
+    file.write_text(json.dumps(records))
+    with pytest.raises(DataError, match=r"4 faults .* --bad-boxes drop"):
+        train(data, tmp_path / "run", "--check-data")
+    faults = json.loads((tmp_path / "run" / "data_faults.json").read_text())["faults"]
+    assert [fault["place"] for fault in faults] == [f"record {number}" for number in range(1, 5)]
+    with pytest.raises(DataError, match="4 faults"):
+        train(data, tmp_path / "run", "--bad-boxes", "error")
+    capsys.readouterr()
+    train(data, tmp_path / "run", "--max-steps", 1)
+    said = capsys.readouterr().out
+    assert f"{file}: record 4: no box: its size 0, 1, 1 (box dropped)" in said and "impossible boxes 4" in said
+
+
+def test_heads_that_nobody_trained_say_nothing(world, tmp_path):
+    bare = [word for word in words(world, tmp_path, "--max-steps", 1) if word not in ("--velocity", "--nuscenes_att")]
+    found = []
+    for more in ([], ["--velocity", "--nuscenes_att"]):
+        train_centerfusion.main([*bare, *more, "--overwrite"])
+        train_centerfusion.main([*bare, "--eval-only", "--resume"])  # the heads of the run count, not the flags
+        results = json.loads((tmp_path / "submission.json").read_text())["results"]
+        boxes = [box for boxes in results.values() for box in boxes]
+        found.append({(any(box["velocity"]), bool(box["attribute_name"])) for box in boxes})
+    assert found[0] == {(False, False)} and (True, True) in found[1]
+    with pytest.raises(UsageError, match="--monitor velocity: not measured"):
+        train_centerfusion.main([*bare, "--monitor", "velocity"])
+
+
 def test_rare_classes_come_up_more_often(world, tmp_path):
     dataset = nuscenes_radar.load(world, "v1.0-mini", "mini_train", sweeps=0)
     weights = dataset.balance_weights()
@@ -155,3 +215,37 @@ def test_rare_classes_come_up_more_often(world, tmp_path):
 def test_an_input_size_that_does_not_fit_is_told(world, tmp_path, size):
     with pytest.raises(UsageError, match="multiples of 32"):
         train(world, tmp_path, "--input-size", *size)
+
+
+@pytest.mark.parametrize("dims", ["1.5,0.2", "1.5,0.2,0", "1.5,-1,0.2", "1.5,0.2,nan", "1.5,0.2,inf"])
+def test_a_pillar_that_is_none_is_told(world, tmp_path, dims):
+    with pytest.raises(UsageError, match=r"--pillar_dims .*three numbers above 0"):
+        train(world, tmp_path, "--pillar_dims", dims)
+
+
+def test_the_official_score_is_no_monitor_without_the_devkit(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(nuscenes, "has_devkit", lambda: False)
+    with pytest.raises(UsageError, match=r"--monitor NDS: .*requirements-nuscenes\.txt"):
+        train(world, tmp_path, "--run_dataset_eval", "--monitor", "NDS")
+
+
+def test_evaluation_without_weights_is_told(world, tmp_path):
+    with pytest.raises(UsageError, match=r"--eval-only: no weights; .*--load_model"):
+        train(world, tmp_path, "--eval-only")
+
+
+def test_colours_change_unless_the_recipe_says_not():
+    recipe = ["--config", str(ROOT / "configs/centerfusion_small.toml")]
+    assert [train_centerfusion.parse_args(more).colour for more in ([], recipe)] == [0.5, 0]
+
+
+def test_the_official_score_by_class(world, tmp_path, capsys):
+    pytest.importorskip("nuscenes")
+    train(world, tmp_path, "--max-steps", 1)
+    again = ["--eval-only", "--run_dataset_eval", "--resume", "--monitor", "NDS"]
+    metrics = train(world, tmp_path, *again)
+    table = [line.split(",") for line in (tmp_path / "per_class.csv").read_text().splitlines()]
+    assert {name: float(value) for name, value in table[1:]} == pytest.approx(
+        {name.removeprefix("AP/"): value for name, value in metrics.items() if name.startswith("AP/")}, abs=1e-6
+    )
+    assert "ground truth scored as predictions: NDS " in capsys.readouterr().out

@@ -175,4 +175,8 @@ def test_mistakes_are_told(people, tmp_path):
 
 def test_preflight_tells_the_memory_and_trains_nothing(people, tmp_path, capsys):
     assert train(people, tmp_path, "--preflight", "--accumulate", 2) == {}
-    assert "memory" in capsys.readouterr().out and not (tmp_path / "last.pt").exists()
+    assert "memory" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    train(people, tmp_path, "--max-steps", 1)
+    before = (tmp_path / "held_out.txt").read_bytes()
+    train(people, tmp_path, "--preflight", "--overwrite", "--split-seed", 5)
+    assert (tmp_path / "held_out.txt").read_bytes() == before and (tmp_path / "last.pt").exists()

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import shutil
 import signal
 
@@ -21,6 +22,7 @@ from evaluation.coco import MEASURES
 from models import WeightsError
 from tests.scripts import fingerprint, last_line, launch, tensors, wait_for
 from training import checkpoints, log
+from training.flags import UsageError
 
 SMALL = ["--depth", "18", "--backbone-weights", "none", "--min-side", "64", "--max-side", "96", "--batch-size", "4"]
 SMALL += ["--workers", "0", "--device", "cpu", "--precision", "fp32", "--lr", "1e-4", "--log-level", "warning"]
@@ -206,6 +208,14 @@ def test_eval_only_writes_tables_and_results(coco, tmp_path):
     for name in ("per_class.csv", "confusion.csv", "detections.json"):
         assert (tmp_path / name).is_file(), name
     assert (tmp_path / "last.pt").read_bytes() == before
+    with pytest.raises(UsageError, match=r"anchor_scale 4.0, this run's 2.0; give --anchor-scale"):
+        train(coco, tmp_path, "--resume", "auto", "--eval-only", "--anchor-scale", 2)
+
+
+def test_eval_only_needs_no_flag_of_the_recipe_and_takes_the_averages(coco, tmp_path):
+    recipe = ["--optimizer", "adamw", "--ema", 0.9, "--lr", 0.01]
+    kept = train(coco, tmp_path, "--max-steps", 3, *recipe)
+    assert train(coco, tmp_path, "--resume", "auto", "--eval-only") == pytest.approx(kept)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(coco, tmp_path):
@@ -213,14 +223,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(c
     with pytest.raises(log.NonFinite):
         train(coco, tmp_path, *more)
     report = json.loads((tmp_path / "nan_report.json").read_text())
-    assert len(report["images"]) == 4
+    assert len(report["images"]) == len(report["paths"]) == 4 and all(map(os.path.isfile, report["paths"]))
     assert checkpoints.read(tmp_path / "last.pt")["step"] < report["step"]
 
 
-def test_preflight(coco, tmp_path, capsys):
-    train(coco, tmp_path, "--preflight")
-    assert "peak GPU memory" in capsys.readouterr().out
+def test_preflight_pads_the_most_and_leaves_a_run_alone(coco, tmp_path, capsys):
+    train(coco, tmp_path, "--preflight", "--min-side", 64, 32)
+    said = capsys.readouterr().out
+    assert "preflight: 4 pictures, padded to 64 x 96" in said and "peak GPU memory" in said
     assert not (tmp_path / "last.pt").exists()
+    train(coco, tmp_path, "--max-steps", 1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for more in ([], ["--overwrite"]):
+        train(coco, tmp_path, "--preflight", *more)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_preflight_of_two_processes_takes_half_a_batch_each(coco, tmp_path, capfd):
+    process = launch("train_retinanet.py", *words(coco, tmp_path, "--preflight"), processes=2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "preflight: 2 pictures" in capfd.readouterr().out
+
+
+def test_a_full_gpu_in_preflight_is_told(coco, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train_retinanet, "evaluate", full)
+    with pytest.raises(UsageError, match=r"out of memory: .* next, try --accumulate 2"):
+        train(coco, tmp_path, "--preflight")
+
+
+def test_a_kill_in_an_evaluation_loses_no_step(coco, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise InterruptedError
+
+    monkeypatch.setattr(train_retinanet, "evaluate", killed)
+    with pytest.raises(InterruptedError):
+        train(coco, tmp_path, "--max-steps", 2)
+    assert checkpoints.read(tmp_path / "last.pt")["step"] == 2
 
 
 def test_a_folder_that_is_no_coco_set_is_told(tmp_path):

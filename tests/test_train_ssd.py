@@ -1,6 +1,7 @@
 """train_ssd.py as a person runs them, on drawn data small enough for seconds."""
 
 import json
+import os
 import signal
 import subprocess
 
@@ -129,6 +130,8 @@ def test_eval_only_writes_tables(drawn_voc, tmp_path):
     assert (tmp_path / "per_class.csv").is_file()
     assert (tmp_path / "confusion.csv").is_file()
     assert (tmp_path / "last.pt").read_bytes() == before
+    with pytest.raises(flags.UsageError, match=r"box_sizes .*; give --box-sizes as in that run"):
+        train(drawn_voc, tmp_path, "--resume", "auto", "--eval-only", "--box-sizes", *range(20, 160, 20))
 
 
 def test_a_folder_with_a_run_is_refused(drawn_voc, tmp_path):
@@ -156,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(d
         train(drawn_voc, tmp_path, *more)
     report = json.loads((tmp_path / "nan_report.json").read_text())
     assert {"step", "images", "losses", "lr"} <= set(report)
-    assert len(report["images"]) == 4
+    assert len(report["images"]) == len(report["paths"]) == 4 and all(map(os.path.isfile, report["paths"]))
     assert checkpoints.read(tmp_path / "last.pt")["step"] < report["step"]
 
 
@@ -178,6 +181,9 @@ def test_preflight(drawn_voc, tmp_path, capsys):
     train(drawn_voc, tmp_path, "--preflight", "--log-level", "info")
     assert "peak GPU memory" in capsys.readouterr().out
     assert not (tmp_path / "last.pt").exists()
+    train(drawn_voc, tmp_path, "--max-steps", 1)
+    train(drawn_voc, tmp_path, "--preflight", "--overwrite")
+    assert checkpoints.read(tmp_path / "last.pt")["step"] == 1
 
 
 @pytest.mark.parametrize(

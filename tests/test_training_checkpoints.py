@@ -357,7 +357,7 @@ def test_restore_names_what_is_missing_or_does_not_fit(folder):
     assert "no optimizer, epoch in it" in refusal(less, parts()[1])
     message = refusal(saved, parts(optimizer="adamw")[1])
     assert "its optimizer is SGD, this run's AdamW" in message
-    assert "ema was off in that run and is on now" in refusal({**saved, "ema": {}}, parts()[1])
+    assert "ema was off in that run and is on now; resume with its --ema" in refusal({**saved, "ema": {}}, parts()[1])
     state = parts()[1]
     state["model"] = nn.Sequential(*network()[:5], nn.Linear(64, 6))
     assert "model does not fit this network, 2 of 9 tensors: 5.weight is (2, 64), here (6, 64)" in refusal(saved, state)

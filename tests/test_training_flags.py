@@ -14,6 +14,7 @@ def parser():
     parser.add_argument("--data", nargs="+", default=["data"], help="folders")
     parser.add_argument("--use-cuda", type=flags.str2bool, default=True, help="false: the CPU")
     parser.add_argument("--clip", action=argparse.BooleanOptionalAction, help="yes or no")
+    parser.add_argument("--share", type=flags.chance, default=1.0, help="of something")
     parser.add_argument("--pair", nargs=2, type=int, help="two")
     flags.add_run_arguments(parser)
     parser.set_defaults(monitor="mAP50")
@@ -104,6 +105,9 @@ def test_recipe_satisfies_a_required_flag(parser, recipe):
         (["--ema", "1"], ["--ema", "1 is not below 1"]),
         (["--clip-norm", "nan"], ["--clip-norm", "nan is below 0"]),
         (["--max-steps", "1.5"], ["--max-steps", "'1.5' is not a whole number"]),
+        (["--weight-decay", "-1"], ["--weight-decay", "-1 is below 0"]),
+        (["--gamma", "inf"], ["--gamma", "inf is not finite"]),
+        (["--share", "1.5"], ["--share", "1.5 is above 1"]),
         (["--use-cuda", "maybe"], ["--use-cuda", "neither true nor false"]),
     ],
 )
@@ -175,3 +179,18 @@ def test_numbers():
     assert flags.numbers("80,100.5") == [80.0, 100.5]
     with pytest.raises(argparse.ArgumentTypeError, match="80,100"):
         flags.numbers("80;100")
+
+
+def test_eval_only_needs_weights():
+    flags.need_weights(False, "", "--weights")
+    flags.need_weights(True, "auto", "--weights")
+    with pytest.raises(flags.UsageError, match="--eval-only: no weights; give --resume auto or --weights FILE"):
+        flags.need_weights(True, "", "--weights")
+
+
+def test_map50_is_ap50_or_the_map_of_voc_and_nothing_else():
+    assert flags.choose_monitor("mAP50", "AP", ["loss", "AP", "AP50", "mAP", "mAP_11point"]) == "AP50"
+    assert flags.choose_monitor("mAP50", "loss", ["loss", "mAP", "mAP_11point"]) == "mAP"
+    assert flags.choose_monitor("", "loss", ["loss"]) == "loss"
+    with pytest.raises(flags.UsageError, match="--monitor mAP50: not measured"):
+        flags.choose_monitor("mAP50", "loss", ["loss", "NDS", "mAP"])

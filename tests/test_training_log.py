@@ -182,7 +182,7 @@ def test_non_finite_loss_names_step_images_and_terms(tmp_path):
     assert isinstance(caught.value, FloatingPointError)
     log.write_nan_report(tmp_path / "nan_report.json", caught.value, lr=0.01)
     report = json.loads((tmp_path / "nan_report.json").read_text())
-    assert report == {"step": 5, "images": [14, 15], "losses": {"box": "nan", "cls": "inf"}, "lr": 0.01}
+    assert report == {"step": 5, "images": [14, 15], "paths": [], "losses": {"box": "nan", "cls": "inf"}, "lr": 0.01}
 
 
 def test_read_losses_sums_and_reports(tmp_path):
@@ -191,10 +191,10 @@ def test_read_losses_sums_and_reports(tmp_path):
     meter.add(terms(2), [1], step=1)
     assert log.read_losses(meter, run, optimizer, tmp_path) == {"loss": 3.0, "box": 2.0, "cls": 1.0}
     meter.add(terms(math.nan), [7], step=2)
-    with pytest.raises(log.NonFinite):
-        log.read_losses(meter, run, optimizer, tmp_path)
+    with pytest.raises(log.NonFinite, match=r"box nan, cls 1; images data/seven\.jpg"):
+        log.read_losses(meter, run, optimizer, tmp_path, {7: "data/seven.jpg"})
     report = json.loads((tmp_path / "nan_report.json").read_text())
-    assert (report["images"], report["lr"]) == ([7], 0.5)
+    assert (report["images"], report["paths"], report["lr"]) == ([7], ["data/seven.jpg"], 0.5)
 
 
 def test_some_non_finite_steps_in_a_row_are_borne():

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from training import modes, optimizers
+from training.flags import UsageError
 
 
 def network():
@@ -48,9 +49,14 @@ def test_frozen_batch_norm_keeps_statistics_and_affine():
     assert net["body"][0].weight.grad is not None
 
 
-@pytest.mark.parametrize(("chosen", "scale", "factor", "lines"), [(0, True, 1, 0), (8, True, 2, 0), (8, False, 1, 1)])
+@pytest.mark.parametrize(("chosen", "scale", "factor", "lines"), [(0, False, 1, 0), (8, True, 2, 0), (8, False, 1, 1)])
 def test_batch_scale(chosen, scale, factor, lines):
     said = []
     assert optimizers.batch_scale(16, chosen, scale, said.append) == factor
     assert len(said) == lines
     assert not lines or "--scale-lr" in said[0]
+
+
+def test_rates_for_no_known_batch_are_not_scaled():
+    with pytest.raises(UsageError, match=r"--scale-lr: .* give --lr-batch-size"):
+        optimizers.batch_scale(16, 0, True)

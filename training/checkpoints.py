@@ -9,7 +9,6 @@ arguments, classes, flags ...). It loads with `weights_only=True`: no code in a 
 """
 
 import argparse
-import copy
 import hashlib
 import pickle
 import re
@@ -24,6 +23,7 @@ from training import devices, files, flags
 from training.digest import feed
 from training.ema import Ema
 from training.flags import UsageError
+from training.restore import first_line, restore
 from training.signals import StopSignals
 
 __all__ = ["Ema", "Progress", "StopSignals", "changed", "export", "fingerprint", "open_run", "read", "restore", "save"]
@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 NEW, LAST, PREVIOUS, BEST = "new.pt", "last.pt", "previous.pt", "best.pt"
 NUMBERED = ("epoch_*.pt", "step_*.pt")
 LOGS = ("metrics.jsonl", "nan_report.json", "events.out.tfevents.*")
-OF_A_RUN = (NEW, LAST, PREVIOUS, BEST, *NUMBERED, "*.pt.tmp", "*.pt.damaged", *LOGS)
+OF_A_RUN = (NEW, LAST, PREVIOUS, BEST, "backbone.pt", *NUMBERED, "*.pt.tmp", "*.pt.damaged", *LOGS)
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before version 1.6
 
 
@@ -126,7 +126,7 @@ def read(path, weights_flag="--pretrained-ssd"):
             "in the program that wrote it, save model.state_dict() instead"
         ) from None
     except (RuntimeError, EOFError, KeyError, ValueError, OSError) as fault:
-        raise UsageError(f"{path}: damaged: {_first_line(fault)}; use an older checkpoint") from None
+        raise UsageError(f"{path}: damaged: {first_line(fault)}; use an older checkpoint") from None
     if not isinstance(contents, dict) or "format_version" not in contents:
         raise UsageError(
             f"{path}: {_describe_foreign(contents)}, not a checkpoint of a run (no optimizer, no step); "
@@ -190,6 +190,11 @@ def _open(folder, resume, overwrite, evaluate_only, weights_flag):
             raise UsageError(f"--resume {resume}: no checkpoint in {place}; {_found_near(place)}")
     elif resume:
         saved = read(place, weights_flag)
+        if "step" not in saved:
+            raise UsageError(
+                f"{place}: bare weights of ours, no checkpoint of a run; to start from weights use {weights_flag} "
+                f"{place}; to go on with a run name its folder or its last.pt"
+            )
     if evaluate_only:
         return saved
     if saved and Path(saved["file"]).resolve().parent == folder.resolve():
@@ -206,41 +211,6 @@ def _open(folder, resume, overwrite, evaluate_only, weights_flag):
         for path in [path for pattern in OF_A_RUN for path in folder.glob(pattern)]:
             path.unlink()
     return saved
-
-
-def restore(saved, state, progress):
-    """Load the parts of `saved` into the objects of `state` (model, optimizer, scaler, ema) and `progress`, in place.
-
-    Tensors and lr come from the checkpoint; the optimizer's other settings stay those it was built with, so flags
-    mean what they say also after a resume. UsageError names a part that is missing or does not fit.
-    """
-    file = saved["file"]
-    missing = [name for name in (*state, *asdict(progress)) if name not in saved]
-    if missing:
-        raise UsageError(
-            f"{file}: no {', '.join(missing)} in it, so the run cannot be continued exactly; start a new run"
-        )
-    for name, part in state.items():
-        if part.state_dict() and not saved[name]:
-            raise UsageError(
-                f"{file}: {name} was off in that run and is on now; resume with the same --precision and --ema"
-            )
-        if isinstance(part, nn.Module):
-            _load_network(file, name, devices.unwrap(part), saved[name])
-        elif isinstance(part, torch.optim.Optimizer):
-            _load_optimizer(file, part, saved[name])
-        else:
-            try:
-                part.load_state_dict(saved[name])
-            except (KeyError, RuntimeError) as fault:
-                raise UsageError(
-                    f"{file}: {name} does not fit: {_first_line(fault)}; use the flags of that run"
-                ) from None
-    progress.load_state_dict(saved)
-    if devices.is_main():
-        rates = [part.param_groups[0]["lr"] for part in state.values() if isinstance(part, torch.optim.Optimizer)]
-        lr = f" lr {rates[0]:.1e}" if rates else ""
-        print(f"resumed epoch {progress.epoch} step {progress.step}{lr} from {file}", flush=True)
 
 
 def changed(saved_flags, flags, ignore=("resume", "overwrite", "eval_only", "preflight", "config")):
@@ -340,47 +310,6 @@ def _found_near(path):
     found = (str(near) for pattern in patterns for near in base.glob(pattern) if near != path)
     names = ", ".join(sorted(islice(found, 8)))
     return f"checkpoints near it: {names}" if names else f"there is none in {base} either"
-
-
-def _load_network(file, name, net, tensors):
-    own = net.state_dict()
-    faults = [f"{key} is missing" for key in own if key not in tensors]
-    faults += [f"{key} is not in this network" for key in tensors if key not in own]
-    faults += [
-        f"{key} is {tuple(tensors[key].shape)}, here {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
-    if faults:
-        raise UsageError(
-            f"{file}: {name} does not fit this network, {len(faults)} of {len(own)} tensors: {faults[0]}; "
-            "resume with the network and classes of that run"
-        )
-    net.load_state_dict(tensors)
-
-
-def _load_optimizer(file, optimizer, state):
-    own, kind = optimizer.state_dict()["param_groups"], type(optimizer).__name__
-    if state.get("class", kind) != kind:
-        raise UsageError(
-            f"{file}: its optimizer is {state['class']}, this run's {kind}; resume with the optimizer of that run"
-        )
-    here, there = (
-        [(group.get("name"), len(group["params"])) for group in groups] for groups in (own, state["param_groups"])
-    )
-    if here != there:
-        raise UsageError(
-            f"{file}: its optimizer has groups {there}, this run's {here}; resume with the --freeze flags of that run"
-        )
-    groups = [
-        {**mine, "lr": its["lr"], "params": its["params"]} for mine, its in zip(own, state["param_groups"], strict=True)
-    ]
-    # A copy, for the optimizer would go on to write into the caller's tensors.
-    optimizer.load_state_dict({"state": copy.deepcopy(state["state"]), "param_groups": groups})
-
-
-def _first_line(fault):
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]
 
 
 def main(argv=None):

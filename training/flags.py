@@ -6,6 +6,7 @@ ends in an error that names the nearest known flag; nothing is guessed, abbrevia
 
 import argparse
 import difflib
+import math
 import sys
 import tomllib
 from pathlib import Path
@@ -24,8 +25,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)"
 
 
-def number(kind, low, high=None):
-    """A `type=` for argparse: an int or float of at least `low`, and below `high` if there is one."""
+def number(kind, low, high=None, most=None):
+    """A `type=` for argparse: a finite int or float of at least `low`, and below `high` or at most `most`, if given."""
 
     def convert(text):
         try:
@@ -36,10 +37,16 @@ def number(kind, low, high=None):
             raise argparse.ArgumentTypeError(f"{text} is below {low}")
         if high is not None and value >= high:
             raise argparse.ArgumentTypeError(f"{text} is not below {high}")
+        if value > (math.inf if most is None else most) or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not finite" if most is None else f"{text} is above {most}")
         return value
 
     convert.numeric = True
     return convert
+
+
+chance = number(float, 0, most=1)
+unsigned = number(float, 0)
 
 
 def numbers(text):
@@ -92,13 +99,14 @@ def add_run_arguments(parser):
     train("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd", help="update rule")
     train("--lr-batch-size", type=count, default=0, help="batch size that the rates were chosen for, see --scale-lr")
     train("--scale-lr", action="store_true", help="scale the learning rates from that batch size to this one")
-    train("--momentum", type=float, default=0.9, help="of sgd")
-    train("--weight-decay", type=float, default=5e-4, help="of weights")
-    train("--norm-weight-decay", type=float, help="of batch norm and biases; as --weight-decay if not given")
+    train("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
+    train("--weight-decay", type=number(float, 0), default=5e-4, help="of weights")
+    norms = "of batch norm and biases; as --weight-decay if not given"
+    train("--norm-weight-decay", type=number(float, 0), help=norms)
     train("--t-max", type=number(float, 0), default=0, help="cosine: epochs until the rate is 0; 0: --epochs")
     falls = "multi-step: epochs after which the rate falls"
     train("--milestones", "--lr-step", dest="milestones", type=numbers, default="8,11", help=falls)
-    train("--gamma", type=float, default=0.1, help="factor on the rate where it falls")
+    train("--gamma", type=number(float, 0), default=0.1, help="factor on the rate where it falls")
     train("--warmup-steps", type=count, default=0, help="steps of linear warm-up")
     train("--ema", type=number(float, 0, 1), default=0.0, help="decay of averaged weights; 0: off")
     train("--clip-norm", type=number(float, 0), default=0.0, help="greatest gradient norm; 0: off")
@@ -153,10 +161,21 @@ def names_in_data(args):
 
 
 def choose_monitor(name, default, metrics):
-    """--monitor, or the default where it is not given; UsageError where no evaluation yields such a metric."""
+    """--monitor, or the default where it is not given; UsageError where no evaluation yields such a metric.
+
+    mAP50 is AP at an IoU of 0.5 under whichever name `metrics` have it: COCO's AP50, else VOC's mAP.
+    """
+    if name == "mAP50":
+        name = "AP50" if "AP50" in metrics else "mAP" if "mAP_11point" in metrics else name
     if name and name not in metrics:
         raise UsageError(f"--monitor {name}: not measured by this run; use one of {', '.join(metrics)}")
     return name or default
+
+
+def need_weights(evaluate_only, weights, flag):
+    """UsageError where --eval-only would score an untrained network: `weights`, --resume's or `flag`'s, are none."""
+    if evaluate_only and not weights:
+        raise UsageError(f"--eval-only: no weights; give --resume auto or {flag} FILE")
 
 
 def parse(parser, argv=None):

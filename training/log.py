@@ -194,14 +194,14 @@ class _Clock:
 
 
 class NonFinite(FloatingPointError):
-    """A loss that is nan or infinite: `step`, `images` (ids of the batch or piece), `losses` (term -> float)."""
+    """A loss that is nan or infinite: `step`, `images` (ids of the batch or piece), `losses` (term -> float), `paths`
+    (of the images' files, or [] where they are not known)."""
 
-    def __init__(self, step, images, losses):
-        self.step, self.images, self.losses = step, list(images), losses
+    def __init__(self, step, images, losses, paths=()):
+        self.step, self.images, self.losses, self.paths = step, list(images), losses, list(paths)
         terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-        super().__init__(
-            f"non-finite loss at step {step}: {terms}; images {', '.join(map(str, self.images)) or 'unknown'}"
-        )
+        shown = ", ".join(map(str, self.paths or self.images)) or "unknown"
+        super().__init__(f"non-finite loss at step {step}: {terms}; images {shown}")
 
 
 class Meter:
@@ -253,23 +253,27 @@ class Meter:
         return dict(zip(self._names, mean, strict=True))
 
 
-def read_losses(meter, run, optimizer, folder):
+def read_losses(meter, run, optimizer, folder, paths=None):
     """`meter.read()` averaged over the processes of `run`, and their sum under "loss".
 
     A loss that is not finite is written to FOLDER/nan_report.json, with step, pictures and lr; NonFinite then goes on.
+    paths: paths[id] is the file of a picture, for that report.
     """
     try:
         losses = {name: float(run.mean(value)) for name, value in meter.read().items()}
     except NonFinite as fault:
+        files_of = [str(paths[image]) for image in fault.images] if paths is not None else []
+        fault = NonFinite(fault.step, fault.images, fault.losses, files_of)
         write_nan_report(Path(folder) / "nan_report.json", fault, optimizer.param_groups[-1]["lr"])
-        raise
+        raise fault from None
     return {"loss": sum(losses.values()), **losses}
 
 
 def write_nan_report(path, fault, lr):
-    """Write a NonFinite as JSON: step, images, losses, lr; nan and infinite values as text."""
+    """Write a NonFinite as JSON: step, images, paths, losses, lr; nan and infinite values as text."""
     losses = {name: value if math.isfinite(value) else str(value) for name, value in fault.losses.items()}
-    _write_json(Path(path), {"step": fault.step, "images": fault.images, "losses": losses, "lr": lr})
+    seen = {"step": fault.step, "images": fault.images, "paths": fault.paths}
+    _write_json(Path(path), {**seen, "losses": losses, "lr": lr})
 
 
 def versions():

@@ -2,6 +2,8 @@
 
 import torch
 
+from training.flags import UsageError
+
 
 def build(name, parts, rates, weight_decay, norm_weight_decay=None, momentum=0.9):
     """Optimizer `name` ("sgd", "adam", "adamw") over the parameters in `parts` that learn.
@@ -30,7 +32,10 @@ def batch_scale(batch_size, chosen_for, scale, say=print):
     """Factor on the learning rates for another batch size than they were chosen for (Goyal et al. 2017).
 
     chosen_for: that batch size, 0 if nobody said. scale: --scale-lr; without it the factor is 1 and a warning names it.
+    UsageError for --scale-lr where nobody said.
     """
+    if scale and not chosen_for:
+        raise UsageError("--scale-lr: nobody said for which batch the rates are; give --lr-batch-size")
     factor = batch_size / chosen_for if chosen_for else 1.0
     if factor != 1 and not scale:
         say(
