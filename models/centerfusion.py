@@ -161,7 +161,7 @@ class CenterFusion(nn.Module):
     width         channels within the heads
     refines       dep_sec is what the second stage adds to the radar's depth where a box was handed any, else to dep,
                   and it sees how far the two are apart. The published head sees metres and answers whole depths: to
-                  copy the radar's takes it very many steps
+                  copy the radar's takes it very many steps. Where peaks overlap, the surest hands its radar last
     radar         false: a network of the camera alone, velocity and attribute from its first stage
     threshold     how far from a box's depth its radar may lie: "published" or "paper" (see ops.radar)
     max_distance  of radar, metres; the second stage sees depth in parts of it
@@ -204,8 +204,8 @@ class CenterFusion(nn.Module):
         if not self.second_stage:
             return outputs
         if association is None:
-            threshold, max_distance = self.arguments["threshold"], self.arguments["max_distance"]
-            association = frustum.associate_peaks(outputs, radar_map, calib, threshold, max_distance)
+            how = self.arguments["threshold"], self.arguments["max_distance"]
+            association = frustum.associate_peaks(outputs, radar_map, calib, *how, surest_last=self.refines)
         return {**outputs, **self.second(seen, outputs["dep"], association)}
 
     def first(self, images):

@@ -10,11 +10,10 @@ from torch import nn
 from models.centerfusion import Deformable
 from ops.geometry import depth_of
 from ops.heatmap import gather, peaks
-from ops.radar import THRESHOLDS, half_extent
+from ops.radar import AREA, SURE_AREA, THRESHOLDS, half_extent
 from ops.rotation import decode
 
 PEAKS = 100
-AREA = 0.3  # part of a box's width and height that its return is written to
 
 
 class CameraRadar(nn.Module):
@@ -35,8 +34,8 @@ class CameraRadar(nn.Module):
         net = self.net
         seen, outputs = net.first(self.before(images))
         if net.second_stage:
-            threshold, max_distance = net.arguments["threshold"], net.arguments["max_distance"]
-            association = associate_peaks(outputs, radar_map, calib, threshold, max_distance)
+            how = net.arguments["threshold"], net.arguments["max_distance"]
+            association = associate_peaks(outputs, radar_map, calib, *how, surest_last=net.refines)
             outputs |= net.second(seen, outputs["dep"], association)
         return self.answers(outputs)
 
@@ -44,10 +43,11 @@ class CameraRadar(nn.Module):
         return tuple(outputs[name] for name in self.outputs)
 
 
-def associate_peaks(outputs, radar_map, calib, threshold, max_distance):
+def associate_peaks(outputs, radar_map, calib, threshold, max_distance, surest_last):
     """`ops.radar.associate_peaks`, in operations of fixed shapes."""
     width = outputs["hm"].shape[-1]
     _, _, index = peaks(outputs["hm"], PEAKS, suppress=False)  # [B,N]
+    index = index.flip(1) if surest_last else index
     depth, dims, rot, size = (gather(outputs[name], index) for name in ("dep", "dim", "rot", "wh"))
     center = torch.stack([index % width, index // width], dim=-1) + 0.5
     half = size.clamp(min=0) / 2  # [B,N,2]
@@ -55,7 +55,7 @@ def associate_peaks(outputs, radar_map, calib, threshold, max_distance):
     reach = THRESHOLDS[threshold] * half_extent(dims, decode(rot), center[..., 0], calib)
     found, values = nearest(radar_map, center, half, (depth - reach).clamp(min=0), depth + reach)
     values = values / values.new_tensor([max_distance, 1, 1])
-    half = half * AREA
+    half = half * (SURE_AREA if surest_last else AREA)
     first, last = (center - half).trunc(), (center + half).trunc()
     return overlay(first, last + last.new_tensor([2, 1]), found, values, radar_map.shape[-2:])
 

@@ -15,6 +15,8 @@ from ops.rotation import decode
 # Distance between a box's depth and its radar, in half extents of the box along z. The published weights were made with
 # max - min / 2 of the corners' z, where (max - min) / 2, the paper's, was meant.
 THRESHOLDS = {"published": 1.5, "paper": 1.0}
+# Part of a box's width and height, around its centre, that its return is written to.
+AREA, SURE_AREA = 0.3, 0.15
 
 
 @torch.no_grad()
@@ -58,7 +60,7 @@ def inputs(images, targets, mean, std, device, radar=True, stride=4, dims=(1.5, 
 
 @torch.no_grad()
 def associate(
-    radar_map, boxes, depth, dims, alpha, x, calib, threshold="published", area=0.3, max_distance=60.0, valid=None
+    radar_map, boxes, depth, dims, alpha, x, calib, threshold="published", area=AREA, max_distance=60.0, valid=None
 ):
     """Hand each box the nearest radar return of its frustum -> [B,3,h,w]: depth / max_distance, vx, vz.
 
@@ -68,7 +70,7 @@ def associate(
     alpha, x      [B,N] observation angle; column of the centre in cells
     calib         [B,3,4] of the full-size camera
     threshold     a key of THRESHOLDS
-    area          part of a box's width and height, around its centre, that its return is written to
+    area          see AREA
     valid         bool [B,N], false where a box is padding; None: all are boxes
 
     A return counts in the rows and columns floor(min) to ceil(max) of the box, at a depth strictly between
@@ -97,13 +99,16 @@ def associate(
 
 
 @torch.no_grad()
-def associate_peaks(outputs, radar_map, calib, threshold="published", max_distance=60.0, count=100):
+def associate_peaks(outputs, radar_map, calib, threshold="published", max_distance=60.0, count=100, surest_last=False):
     """`associate` for the `count` greatest values of a network's raw first-stage outputs, unsuppressed -> [B,3,h,w].
 
-    outputs: hm [B,K,h,w], wh [B,2,h,w], dep [B,1,h,w], rot [B,8,h,w], dim [B,3,h,w]. A box is centred in its cell; a
-    negative width or height is 0. Weaker peaks overwrite stronger ones, as published.
+    outputs      hm [B,K,h,w], wh [B,2,h,w], dep [B,1,h,w], rot [B,8,h,w], dim [B,3,h,w]. A box is centred in its cell;
+                 a negative width or height is 0
+    surest_last  stronger peaks overwrite weaker ones, and each is written to SURE_AREA of its box; published: weaker
+                 ones overwrite stronger ones, and AREA
     """
     _, _, index = peaks(outputs["hm"].float(), count, suppress=False)  # [B,N]
+    index = index.flip(1) if surest_last else index
 
     def at_peaks(name):
         return gather(outputs[name].float(), index)  # [B,N,C]
@@ -114,7 +119,8 @@ def associate_peaks(outputs, radar_map, calib, threshold="published", max_distan
     boxes = torch.cat([center - half, center + half], dim=-1)
     depth = depth_of(at_peaks("dep")[..., 0])
     found = depth, at_peaks("dim"), decode(at_peaks("rot")), center[..., 0], calib
-    return associate(radar_map, boxes, *found, threshold=threshold, max_distance=max_distance)
+    area = SURE_AREA if surest_last else AREA
+    return associate(radar_map, boxes, *found, threshold=threshold, area=area, max_distance=max_distance)
 
 
 def half_extent(dims, alpha, x, calib):

@@ -1,5 +1,6 @@
 """export.py on small networks: what comes in and out of its files, what they say of themselves, what is refused."""
 
+import itertools
 import json
 
 import pytest
@@ -164,9 +165,9 @@ def test_radar_in_a_graph(onnx, tmp_path):
     assert 0.02 < (outputs["pc_hm"] > 0).float().mean() < 0.98
     assert outputs["pc_hm"].unique().numel() > 10
     torch.testing.assert_close(dict(zip(graph.outputs, graph(*given))), outputs, rtol=1e-5, atol=1e-5)
-    for threshold in radar.THRESHOLDS:
-        expected = radar.associate_peaks(outputs, *own[1:], threshold, 50.0)
-        found = deploy_radar.associate_peaks(outputs, *own[1:], threshold, 50.0)
+    for threshold, surest_last in itertools.product(radar.THRESHOLDS, (False, True)):
+        expected = radar.associate_peaks(outputs, *own[1:], threshold, 50.0, surest_last=surest_last)
+        found = deploy_radar.associate_peaks(outputs, *own[1:], threshold, 50.0, surest_last)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     out = tmp_path / "net.onnx"
     largest = export.main([exports.checkpoint(net, tmp_path / "best.pt", SIZE), "--out", str(out), "--dynamic-batch"])

@@ -137,15 +137,17 @@ def test_the_nearest_return_within_the_threshold():
     assert not radar.associate(radar_map, **one_box(depth=20.0)).any()
 
 
-def test_peaks_are_the_greatest_values_unsuppressed():
+@pytest.mark.parametrize("surest_last", [False, True])
+def test_peaks_are_the_greatest_values_unsuppressed(surest_last):
     radar_map = random_map(2, 80)
     channels = {"hm": 3, "wh": 2, "dep": 1, "rot": 8, "dim": 3}
     outputs = {name: torch.randn(2, count, *SIZE) for name, count in channels.items()}
     outputs["wh"] = outputs["wh"] * 4 + 6
     outputs["dep"] -= 3
     outputs["dim"] += 3
-    found = radar.associate_peaks(outputs, radar_map, CALIB.expand(2, 3, 4), count=20)
+    found = radar.associate_peaks(outputs, radar_map, CALIB.expand(2, 3, 4), count=20, surest_last=surest_last)
     order = outputs["hm"].flatten(1).argsort(descending=True)[:, :20] % (SIZE[0] * SIZE[1])
+    order = order.flip(1) if surest_last else order
     at = {name: torch.stack([v.flatten(1)[:, i].T for v, i in zip(outputs[name], order)]) for name in channels}
     center = torch.stack([order % SIZE[1], order // SIZE[1]], -1) + 0.5
     half = at["wh"].clamp(min=0) / 2
@@ -157,8 +159,9 @@ def test_peaks_are_the_greatest_values_unsuppressed():
         decode(at["rot"]),
         center[..., 0],
         CALIB.expand(2, 3, 4),
+        area=0.15 if surest_last else 0.3,
     )
-    assert expected.any(1).sum() > 50
+    assert expected.any(1).sum() > 30
     torch.testing.assert_close(found, expected)
 
 
