@@ -63,6 +63,13 @@ def test_a_network_of_other_arguments_is_refused(tmp_path, evaluate_only):
     assert progress.step == 1
 
 
+def test_how_many_proposals_are_looked_at_may_change(tmp_path):
+    saved = saved_run(tmp_path, proposals=100)
+    progress = checkpoints.Progress()
+    checkpoints.restore(saved, parts(proposals=300), progress, True)
+    assert progress.step == 1
+
+
 def test_bare_weights_of_ours_are_no_run(tmp_path):
     checkpoints.export(tmp_path / "backbone.pt", {"model": nn.Linear(2, 2)})
     with pytest.raises(UsageError, match=r"bare weights of ours.* use --weights .*backbone.pt; to go on .* last.pt"):

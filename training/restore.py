@@ -13,6 +13,7 @@ SWITCHES = {"scaler": "--precision", "ema": "--ema", "plateau": "--scheduler"}  
 # arguments of a network -> the flag that sets each, where it has another name
 FLAGS = {"width_mult": "--width-mult or --mb2-width-mult", "radar": "--pointcloud", "threshold": "--frustum"}
 FLAGS |= {"max_distance": "--max_pc_dist"}
+FREE = {"proposals"}  # arguments that say how much work a network does, not what its weights mean
 
 
 def restore(saved, state, progress, evaluate_only=False):
@@ -52,7 +53,7 @@ def first_line(fault):
 def _check_arguments(file, saved, own):
     """UsageError where the network was built with other arguments than the saved one: the weights may fit all the
     same and mean something else."""
-    for name in sorted(saved.keys() & own.keys()):
+    for name in sorted((saved.keys() & own.keys()) - FREE):
         if saved[name] != own[name]:
             raise UsageError(
                 f"{file}: its network has {name} {saved[name]}, this run's {own[name]}; "
