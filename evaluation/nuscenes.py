@@ -35,7 +35,7 @@ ERRORS = {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE"
 SAMPLES = {"train": 28130, "val": 6019, "test": 6008, "mini_train": 323, "mini_val": 81}  # of the official splits
 BINS = (1, 1, -1, 1) * 2  # of a rotation head: pi - alpha lies in the same bin, as far on the other side of its middle
 MIRROR = {"rot": BINS, "rot_sec": BINS, "velocity": (-1, 1, 1)}  # factors of a head's channels in the mirror image
-PERFECT_MAP, PERFECT_NDS = 0.999, 0.99  # of the truth: below, objects are lost or their fields wrong
+GOOD = 0.95  # of the truth: what lacks to 1 are objects that no camera shows whole, and they are few
 MOST_BOXES = 500  # a sample, set by nuScenes
 SMALLEST = 0.01  # metres: the score asks for sizes above 0
 # what is kept: name -> (type, numbers a row); of pictures, and of boxes in the global frame
@@ -145,8 +145,9 @@ def score_truth(evaluator, targets):
     if not metrics:
         return ""
     line = f"ground truth scored as predictions: NDS {metrics['NDS']:.3f}, mAP {metrics['mAP']:.3f}"
-    good = metrics["mAP"] >= PERFECT_MAP and metrics["NDS"] >= PERFECT_NDS
-    return line if good else f"WARNING: {line}; both should be 1: the data are at fault, or the way they are read"
+    if min(metrics["NDS"], metrics["mAP"]) >= GOOD:
+        return line
+    return f"WARNING: {line}; both should be near 1: the data are at fault, or the way they are read"
 
 
 def has_devkit():
