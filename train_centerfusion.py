@@ -163,8 +163,7 @@ def main(argv=None):
     if args.check_data:
         return check.check_data(train_set, val_set, faults, args.workers, out / "data_faults.json", run.say)
     check.settle([fault for fault in faults if fault.kind == "box"], args.bad_boxes, "skip", run.say)
-    if args.bad_images == "skip":
-        train_set, val_set = (check.skip_unreadable(each, args.workers, run.say) for each in (train_set, val_set))
+    train_set, val_set = check.usable(train_set, val_set, args.bad_images, args.workers, run.say)
     run.say(f"train: {train_set.summary()}\nval: {val_set.summary()}")
 
     # network

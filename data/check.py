@@ -94,6 +94,16 @@ def skip_unreadable(dataset, workers, say=print):
     return dataset.without(faults) if faults else dataset
 
 
+def usable(train, val, bad_images, workers, say=print):
+    """(train, val) less the pictures that cannot be read where `bad_images` is "skip"; DataError where none is left."""
+    if bad_images == "skip":
+        train, val = (skip_unreadable(dataset, workers, say) for dataset in (train, val))
+    for name, dataset in (("train", train), ("val", val)):
+        if not len(dataset):
+            raise DataError(f"no picture left for {name}", "", "mend the faults listed above")
+    return train, val
+
+
 def check_data(train, val, faults, workers, report, say=print):
     """--check-data: read every picture too, write all faults to the JSON file `report`, and raise DataError for any."""
     found = [fault for dataset in (train, val) for fault in chain(*unreadable(dataset, workers).values())]

@@ -78,11 +78,8 @@ def settle(train, val, faults, bad_boxes, bad_images, workers, say=print):
     Raises DataError on faults that the policies (see data.check.settle) do not forgive, and where nothing is left.
     """
     check.settle(faults, bad_boxes, bad_images, say)
-    if bad_images == "skip":
-        train, val = (check.skip_unreadable(dataset, workers, say) for dataset in (train, val))
+    train, val = check.usable(train, val, bad_images, workers, say)
     for name, dataset in (("train", train), ("val", val)):
-        if not len(dataset):
-            raise DataError(f"no picture left for {name}", "", "mend the faults listed above")
         say(f"{name}: {dataset.summary()}")
         if dataset.unknown:
             names = ", ".join(f"{unknown} ({count})" for unknown, count in dataset.unknown.items())

@@ -125,11 +125,8 @@ def settle(train, val, faults, bad_images, workers, say=print):
     Raises DataError for any of the `faults` that `load` found, and where no picture is left.
     """
     check.settle(faults, "error", bad_images, say)
-    if bad_images == "skip":
-        train, val = (check.skip_unreadable(dataset, workers, say) for dataset in (train, val))
+    train, val = check.usable(train, val, bad_images, workers, say)
     for name, dataset in (("train", train), ("val", val)):
-        if not len(dataset):
-            raise DataError(f"no picture left for {name}", "", "mend the faults listed above")
         say(f"{name}: {dataset.summary()}")
     return train, val
 

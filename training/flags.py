@@ -100,16 +100,16 @@ def add_run_arguments(parser):
     train("--lr-batch-size", type=count, default=0, help="batch size that the rates were chosen for, see --scale-lr")
     train("--scale-lr", action="store_true", help="scale the learning rates from that batch size to this one")
     train("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
-    train("--weight-decay", type=number(float, 0), default=5e-4, help="of weights")
+    train("--weight-decay", type=unsigned, default=5e-4, help="of weights")
     norms = "of batch norm and biases; as --weight-decay if not given"
-    train("--norm-weight-decay", type=number(float, 0), help=norms)
-    train("--t-max", type=number(float, 0), default=0, help="cosine: epochs until the rate is 0; 0: --epochs")
+    train("--norm-weight-decay", type=unsigned, help=norms)
+    train("--t-max", type=unsigned, default=0, help="cosine: epochs until the rate is 0; 0: --epochs")
     falls = "multi-step: epochs after which the rate falls"
     train("--milestones", "--lr-step", dest="milestones", type=numbers, default="8,11", help=falls)
-    train("--gamma", type=number(float, 0), default=0.1, help="factor on the rate where it falls")
+    train("--gamma", type=unsigned, default=0.1, help="factor on the rate where it falls")
     train("--warmup-steps", type=count, default=0, help="steps of linear warm-up")
     train("--ema", type=number(float, 0, 1), default=0.0, help="decay of averaged weights; 0: off")
-    train("--clip-norm", type=number(float, 0), default=0.0, help="greatest gradient norm; 0: off")
+    train("--clip-norm", type=unsigned, default=0.0, help="greatest gradient norm; 0: off")
     frozen = "keep batch norm statistics and affine as they are"
     train("--freeze-bn", action=argparse.BooleanOptionalAction, default=False, help=frozen)
 
