@@ -1,21 +1,20 @@
-"""Give a trained network to other programs: an ONNX file, or bare weights in a published layout.
+"""Export a trained network to ONNX, or as bare weights in a published layout.
 
     python export.py runs/drone/best.pt --out drone.onnx                       # scores and boxes of all anchors
-    python export.py runs/drone/best.pt --out drone.onnx --nms --dynamic-batch # boxes, labels, scores that are left
+    python export.py runs/drone/best.pt --out drone.onnx --nms --dynamic-batch # boxes, labels, scores after NMS
     python export.py runs/drone/best.pt --out models/drone/ssd.onnx --layout jetson
-    python export.py runs/drone/best.pt --weights drone.pth                    # what dusty-nv's programs load
+    python export.py runs/drone/best.pt --state-dict drone.pth                 # what dusty-nv's programs load
 
-ONNX: RGB pixels 0..255 come in as float32 [B,3,H,W], resized by the caller (a RetinaNet's picture may be padded right
-and below with the mean colour), and are normalised in the graph; --layout jetson takes them normalised, as
-jetson-inference feeds them. Boxes are decoded in the graph. A classifier gives scores [B,K], a CenterFusion its raw
-heads. The file says in its metadata: classes, size (h, w), mean, std, input, architecture, version. onnxruntime runs it
-on real and on empty pictures before it is kept: where it differs from this program by more than --tolerance, there is
-no file and the exit code is 2.
+The input of the ONNX file is RGB pixels 0..255, float32 [B,3,H,W]. The caller resizes the images (for a RetinaNet it
+may also pad them on the right and at the bottom with the mean color), the graph normalizes them; with --layout jetson
+the caller does, as jetson-inference does. Boxes are decoded in the graph. A classifier outputs scores [B,K], a
+CenterFusion its raw heads. The metadata of the file contains classes, size (h, w), mean, std, input, architecture and
+version. Before the file is written, onnxruntime runs it on images: if its outputs differ from this program's by more
+than --tolerance, it is not written and the exit code is 2.
 
-Needs requirements-export.txt; --weights does not.
+Needs requirements-export.txt; --state-dict does not.
 """
 
-import argparse
 import importlib.util
 import io
 import json
@@ -28,111 +27,115 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 import models
-from data import DataError, scenes
 from data.images import SUFFIXES, read_image
-from models import WeightsError, backbones, deploy, published, published_backbones, published_retinanet
-from models.deploy import blue_first
+from models import backbones, onnx, pretrained
+from models.centerfusion import CenterFusion
+from models.onnx import is_bgr
+from models.pretrained import backbones as pretrained_backbones
+from models.pretrained import retinanet
+from models.retinanet import RetinaNet
+from models.ssd import SSD
 from ops.images import normalize
-from training import files, flags
-from training.flags import UsageError
+from synthetic.shapes import drawing
+from training import cli
+from utils import files
+from utils.errors import DataError, UsageError, WeightsError
 
-WEIGHTS_TOLERANCE = 1e-6
-MEANINGS = ("anchors", "anchor_scale", "box_sizes", "radar", "threshold", "max_distance")  # arguments, not of any shape
-MOST_PICTURES = 8  # of --check-images
+# Arguments of networks that a bare state dict does not store.
+NOT_STORED = ("anchors", "anchor_scale", "box_sizes", "radar", "threshold", "max_distance")
+MAX_IMAGES = 8  # of --check-images
 CALIB = ((1266.4, 0.0, 816.3, 0.0), (0.0, 1266.4, 491.5, 0.0), (0.0, 0.0, 1.0, 0.0))  # a camera of nuScenes
 
 
-class NotKept(Exception):
-    """What was written does not say what the network says."""
-
-
 def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__, formatter_class=flags.HelpFormatter)
-    arg, least = parser.add_argument, flags.number
-    arg("checkpoint", help="best.pt or last.pt of a run, or a published detector's file; averaged weights are taken")
-    arg("--out", default="", metavar="FILE", help="ONNX file; CHECKPOINT.onnx if neither this nor --weights is given")
-    arg("--weights", default="", metavar="FILE", help="a bare state dict: dusty-nv's, torchvision's or yhenon's names")
-    onnx = parser.add_argument_group("ONNX").add_argument
-    onnx("--layout", choices=deploy.LAYOUTS, default="sightline", help="jetson: input_0, scores, boxes, labels.txt")
-    onnx("--batch", type=least(int, 1), default=1, help="pictures that the graph takes, no more and no fewer")
-    onnx("--dynamic-batch", action="store_true", help="any number of pictures")
-    size = "of the input in pixels; that of the checkpoint (its shortest and longest side, to 32) if not given"
-    onnx("--size", type=least(int, 1), nargs=2, metavar=("H", "W"), help=size)
-    onnx("--nms", action="store_true", help="suppression in the graph too: boxes, labels, scores")
-    onnx("--threshold", type=least(float, 0), help="least score with --nms; that of evaluation if not given")
-    onnx("--opset", type=least(int, 17), help="version of ONNX's operations; 18 if not given (19 where one needs it)")
-    tolerance = "greatest difference; of outputs above 1, like boxes in pixels, in parts of their largest value"
-    onnx("--tolerance", type=least(float, 0), default=3e-4, help=tolerance)
-    onnx("--check-images", default="", metavar="FOLDER", help=f"its first {MOST_PICTURES} pictures; else drawn ones")
-    args = flags.parse(parser, argv)
+    parser = cli.ArgumentParser("export.py", __doc__)
+    arg = parser.add_argument
+    arg("checkpoint", help="best.pt or last.pt of a run (averaged weights if it has any), or a published file")
+    arg("--out", default="", metavar="FILE", help="ONNX file; default: CHECKPOINT.onnx unless --state-dict is given")
+    names = "write a bare state dict with the names of dusty-nv's, torchvision's or yhenon's files"
+    arg("--state-dict", "--weights", dest="state_dict", default="", metavar="FILE", help=names)
+    arg = parser.add_argument_group("ONNX").add_argument
+    arg("--layout", choices=onnx.LAYOUTS, default="sightline", help="jetson: input_0, scores, boxes, labels.txt")
+    arg("--batch", type=cli.positive, default=1, help="batch size of the input, fixed")
+    arg("--dynamic-batch", action="store_true", help="any batch size")
+    size = "size of the input in pixels; default: that of the checkpoint, of a RetinaNet its --min-side and --max-side"
+    arg("--size", type=cli.positive, nargs=2, metavar=("H", "W"), help=size)
+    arg("--nms", action="store_true", help="put NMS into the graph: its outputs are boxes, labels, scores")
+    arg("--threshold", type=cli.non_negative, help="minimum score with --nms; default: that of evaluation")
+    arg("--opset", type=cli.number(int, 17), help="ONNX opset version; default: 18, or 19 where the network needs it")
+    tolerance = "maximum difference from this program; relative for outputs above 1, such as boxes in pixels"
+    arg("--tolerance", type=cli.non_negative, default=3e-4, help=tolerance)
+    images = f"images for the check: the first {MAX_IMAGES} in this folder; default: generated images"
+    arg("--check-images", default="", metavar="FOLDER", help=images)
+    args = parser.parse(argv)
     if args.dynamic_batch and args.batch != 1:
         parser.error("--batch and --dynamic-batch: give one of them")
     if args.layout == "jetson" and (args.dynamic_batch or args.batch != 1):
-        parser.error("--layout jetson: jetson-inference takes one picture at a time; leave --batch and its kin out")
+        parser.error("--layout jetson: jetson-inference runs one image at a time; remove --batch or --dynamic-batch")
     if args.threshold is not None and not args.nms:
-        parser.error("--threshold is of suppression; add --nms or leave it out")
+        parser.error("--threshold is the score threshold of NMS; add --nms or remove it")
     return args
 
 
 def input_size(net, wanted):
-    """(height, width) of the pictures that the graph takes; UsageError where the network cannot take them."""
+    """(height, width) of the input. UsageError if the network cannot process such images."""
     size = tuple(wanted or net.image_size or (-(-side // 32) * 32 for side in (net.min_side, net.max_side)))
-    if not hasattr(net, "stages") or all(side % 32 == 0 for side in size):
-        return size
-    raise UsageError(f"--size {size[0]} {size[1]}: {net.name} takes multiples of 32")
+    if isinstance(net, (RetinaNet, CenterFusion)) and any(side % 32 for side in size):
+        raise UsageError(f"--size {size[0]} {size[1]}: {net.name} needs multiples of 32")
+    return size
 
 
-def real_pictures(folder, size):
-    """uint8 [3,H,W] of `size` each, from a folder or drawn. Raises DataError."""
+def check_images(folder, size):
+    """uint8 [3,H,W] of `size`: the first images of `folder`, or generated ones if it is empty. Raises DataError."""
     if not folder:
-        drawn = (torch.from_numpy(scenes.draw_scene(0, index).image).permute(2, 0, 1) for index in range(4))
+        drawn = (torch.from_numpy(drawing.draw_shapes(0, index).image).permute(2, 0, 1) for index in range(4))
         return [F.resize(image, list(size), antialias=True) for image in drawn]
-    found = sorted(file for file in Path(folder).glob("*") if file.suffix.lower() in SUFFIXES)
-    if not found:
-        raise DataError(folder, "", f"no such folder, or no picture in it ({' '.join(SUFFIXES)})")
-    return [F.resize(read_image(file), list(size), antialias=True) for file in found[:MOST_PICTURES]]
+    paths = sorted(file for file in Path(folder).glob("*") if file.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise DataError(folder, "", f"no such folder, or no image in it ({' '.join(SUFFIXES)})")
+    return [F.resize(read_image(path), list(size), antialias=True) for path in paths[:MAX_IMAGES]]
 
 
-def batches_of(pictures, batch):
-    """Batches uint8 [B,3,H,W] of real pictures, and of a black and a white one; batch None: of one and of three."""
-    empty = [torch.zeros_like(pictures[0]), torch.full_like(pictures[0], 255)]
+def make_batches(images, batch):
+    """Batches uint8 [B,3,H,W] of `images`, and of a black and a white one; batch None: batches of one and of three."""
+    blank = [torch.zeros_like(images[0]), torch.full_like(images[0], 255)]
     if batch is None:
-        return [*cut(pictures[:1], 1), *cut(empty[:1], 1), *cut([pictures[-1], *empty], 3), *cut(pictures, 3)]
-    return cut(pictures, batch) + cut(empty, batch)
+        return [*split(images[:1], 1), *split(blank[:1], 1), *split([images[-1], *blank], 3), *split(images, 3)]
+    return split(images, batch) + split(blank, batch)
 
 
-def cut(pictures, count):
-    """Batches of `count`, the last one filled up from its own beginning."""
-    starts = range(0, len(pictures), count)
-    return [torch.stack(list(islice(cycle(pictures[start:]), count))) for start in starts]
+def split(images, count):
+    """Batches of `count`; the last one is filled up by repeating its images."""
+    starts = range(0, len(images), count)
+    return [torch.stack(list(islice(cycle(images[start:]), count))) for start in starts]
 
 
-def radar_of(images):
-    """A radar map with a return in every tenth cell, and a calib, for each picture: what a graph with radar is fed."""
+def make_radar(images):
+    """A random radar map, with a return in every tenth cell, and a calib for each image."""
     count, height, width = len(images), images.shape[2] // 4, images.shape[3] // 4
     random = torch.Generator().manual_seed(0)
     values = torch.rand(count, 3, height, width, generator=random) * torch.tensor([60.0, 20.0, 20.0]).view(3, 1, 1)
-    held = torch.rand(count, 1, height, width, generator=random) < 0.1
-    return values * held, torch.tensor(CALIB).expand(count, -1, -1).contiguous()
+    has_return = torch.rand(count, 1, height, width, generator=random) < 0.1
+    return values * has_return, torch.tensor(CALIB).expand(count, -1, -1).contiguous()
 
 
-def feeds(net, graph, images):
-    """What the graph takes for uint8 images [B,3,H,W], and what the network takes: two tuples of tensors."""
-    more = radar_of(images) if len(graph.inputs) > 1 else ()
-    pixels = normalize(images.flip(1) if blue_first(net) else images, net.image_mean, net.image_std)
-    normalised = graph.inputs[0] == "input_0"
-    return (pixels.contiguous() if normalised else images.float().contiguous(), *more), (pixels, *more)
+def make_inputs(net, graph, images):
+    """The inputs of the graph for uint8 images [B,3,H,W], and those of the network: two tuples of tensors."""
+    radar = make_radar(images) if len(graph.inputs) > 1 else ()
+    pixels = normalize(images.flip(1) if is_bgr(net) else images, net.image_mean, net.image_std)
+    normalized = graph.inputs[0] == "input_0"
+    return (pixels.contiguous() if normalized else images.float().contiguous(), *radar), (pixels, *radar)
 
 
 @torch.no_grad()
 def to_onnx(graph, example, dynamic, opset, metadata):
-    """(the file's bytes, the same graph's with all of its outputs) of `graph`. Raises UsageError.
+    """The ONNX file of `graph`, as bytes, and the same with the candidates of NMS as further outputs.
 
-    example: its inputs. With suppression the file leaves out what suppression got; else the two are one.
+    example: inputs of the graph. Without NMS both results are the same object. Raises UsageError.
     """
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about itself
+        warnings.simplefilter("ignore")  # the exporter warns about its own code
         program = torch.onnx.export(
             graph,
             example,
@@ -140,66 +143,67 @@ def to_onnx(graph, example, dynamic, opset, metadata):
             output_names=graph.outputs,
             dynamic_shapes=tuple({0: batch} for _ in example) if dynamic else None,
             opset_version=opset,
-            custom_translation_table=deploy.translations(),
+            custom_translation_table=onnx.translations(),
             dynamo=True,
             external_data=False,
             verbose=False,
         )
     model = program.model
     if model.opset_imports[""] != opset:
-        raise UsageError(f"--opset {opset}: the exporter cannot go there from {model.opset_imports['']}; leave it out")
+        raise UsageError(f"--opset {opset}: the exporter only offers {model.opset_imports['']} here; remove --opset")
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     for node in model.graph.all_nodes():
-        node.metadata_props.clear()  # lines and paths of this program, as long as the graph itself
-    whole = program.model_proto.SerializeToString()
-    kept = [name for name in graph.outputs if name not in deploy.CANDIDATES]
-    if len(kept) == len(graph.outputs):
-        return whole, whole
-    del model.graph.outputs[len(kept) :]
-    return program.model_proto.SerializeToString(), whole
+        node.metadata_props.clear()  # source lines and paths of this program, as large as the graph itself
+    complete = program.model_proto.SerializeToString()
+    names = [name for name in graph.outputs if name not in onnx.CANDIDATES]
+    if len(names) == len(graph.outputs):
+        return complete, complete
+    del model.graph.outputs[len(names) :]
+    return program.model_proto.SerializeToString(), complete
 
 
 def open_session(content):
+    """A function run(list of CPU tensors) -> {output: tensor} for an ONNX file given as bytes."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
+    input_names = [given.name for given in session.get_inputs()]
+    output_names = [output.name for output in session.get_outputs()]
 
-    def answer(tensors):
-        """Outputs by name."""
-        found = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)})
-        return {output.name: torch.from_numpy(value) for output, value in zip(session.get_outputs(), found)}
+    def run(tensors):
+        values = session.run(None, {name: tensor.numpy() for name, tensor in zip(input_names, tensors, strict=True)})
+        return {name: torch.from_numpy(value) for name, value in zip(output_names, values)}
 
-    return answer
+    return run
 
 
 @torch.no_grad()
-def differences(net, graph, content, whole, batches):
-    """What onnxruntime and we say on uint8 batches [B,3,H,W] -> {output: (largest difference, largest value of ours)}.
+def differences(net, graph, content, complete, batches):
+    """{output: (maximum difference of onnxruntime from this program, maximum value)} on uint8 batches [B,3,H,W].
 
-    Scores and boxes before suppression are compared with ours. What suppression leaves is compared with what our
-    suppression leaves of the same scores and boxes: two that are equal but for rounding may else change places.
+    Results of NMS are compared with those of our NMS on the candidates of onnxruntime, because rounding can change the
+    order of boxes with nearly equal scores; the candidates are compared with ours.
     """
-    answer, largest = open_session(content), {}
-    everything = answer if whole is content else open_session(whole)
+    run, largest = open_session(content), {}
+    run_complete = run if complete is content else open_session(complete)
     for images in batches:
-        given, own = feeds(net, graph, images)
-        found, expected = answer(given), dict(zip(graph.outputs, graph.answers(net(*own))))
-        if whole is not content:
-            candidates = everything(given)
-            found |= {name: candidates[name] for name in deploy.CANDIDATES}
-            expected |= dict(zip(graph.outputs, graph.kept(*(candidates[name] for name in deploy.CANDIDATES))))
-        for name, value in found.items():
+        graph_inputs, net_inputs = make_inputs(net, graph, images)
+        outputs, expected = run(graph_inputs), dict(zip(graph.outputs, graph.postprocess(net(*net_inputs))))
+        if complete is not content:
+            candidates = {name: run_complete(graph_inputs)[name] for name in onnx.CANDIDATES}
+            outputs |= candidates
+            expected |= dict(zip(graph.outputs, graph.nms(*candidates.values())))
+        for name, value in outputs.items():
             pair = torch.stack([(value.double() - expected[name]).abs().max(), expected[name].double().abs().max()])
-            largest[name] = torch.maximum(largest.get(name, pair), pair)  # a nan stays
+            largest[name] = torch.maximum(largest.get(name, pair), pair)  # keeps nan
     return {name: tuple(pair.tolist()) for name, pair in largest.items()}
 
 
-def fits(name, difference, value, tolerance):
-    """Labels are to be equal. Boxes in pixels and other large numbers may differ in proportion: rounding does."""
+def is_close(name, difference, value, tolerance):
+    """Whether an output is within the tolerance, which is relative to values above 1. Labels must be equal."""
     return difference == 0 if name == "labels" else difference <= tolerance * max(1, value)
 
 
@@ -207,112 +211,97 @@ def class_names(net):
     return net.classes or [f"class {label}" for label in range(net.num_classes)]
 
 
-def describe(net, graph, size):
+def metadata(net, graph, size):
     """Metadata of the ONNX file: text by name."""
     project = tomllib.loads((Path(__file__).resolve().parent / "pyproject.toml").read_text())["project"]
-    normalised = graph.inputs[0] == "input_0"
+    normalized = graph.inputs[0] == "input_0"
     return {
         "classes": json.dumps(class_names(net)),
         "size": json.dumps(list(size)),
         "mean": json.dumps(list(net.image_mean)),
         "std": json.dumps(list(net.image_std)),
-        "input": "RGB, (pixel - mean) / std" if normalised else "RGB, 0..255, normalised in the graph",
-        "mean_order": "bgr" if blue_first(net) else "rgb",
+        "input": "RGB, (pixel - mean) / std" if normalized else "RGB, 0..255, normalized in the graph",
+        "mean_order": "bgr" if is_bgr(net) else "rgb",
         "architecture": net.name,
         "version": f"{project['name']} {project['version']}",
     }
 
 
 def write_onnx(net, path, args):
-    """Write and check the ONNX file of `net` -> largest differences by output."""
+    """Check and write the ONNX file of `net`; returns the maximum difference of each output."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if not importlib.util.find_spec(package):
-            raise UsageError(f"no {package} here: pip install -r requirements-export.txt")
+            raise UsageError(f"{package} is not installed: pip install -r requirements-export.txt")
     size = input_size(net, args.size)
-    graph = deploy.graph(net, size, args.layout, args.nms, args.threshold)
-    batches = batches_of(real_pictures(args.check_images, size), None if args.dynamic_batch else args.batch)
-    example = feeds(net, graph, batches[-1])[0]
+    graph = onnx.graph(net, size, args.layout, args.nms, args.threshold)
+    batches = make_batches(check_images(args.check_images, size), None if args.dynamic_batch else args.batch)
+    example, _ = make_inputs(net, graph, batches[-1])
     opset = args.opset or graph.opset
-    content, whole = to_onnx(graph, example, args.dynamic_batch, opset, describe(net, graph, size))
-    largest = differences(net, graph, content, whole, batches)
+    content, complete = to_onnx(graph, example, args.dynamic_batch, opset, metadata(net, graph, size))
+    largest = differences(net, graph, content, complete, batches)
     line = ", ".join(f"{name} {difference:.1e} of {value:.3g}" for name, (difference, value) in largest.items())
-    print(f"onnxruntime and this program differ on {sum(map(len, batches))} pictures by at most: {line}")
-    if not all(fits(name, *pair, args.tolerance) for name, pair in largest.items()):
-        raise NotKept(f"{path}: not kept: the difference is above --tolerance {args.tolerance:g}")
+    print(f"maximum difference between onnxruntime and this program on {sum(map(len, batches))} images: {line}")
+    if not all(is_close(name, *pair, args.tolerance) for name, pair in largest.items()):
+        raise UsageError(f"{path}: not written: the difference is above --tolerance {args.tolerance:g}")
     if args.layout == "jetson":
-        names = ["BACKGROUND"] * hasattr(net, "box_weights") + class_names(net)
-        save(path.with_name("labels.txt"), "\n".join(names) + "\n")
-    save(path, content)
-    many = "any number" if args.dynamic_batch else args.batch
-    print(f"{path}: {net.name}, {many} of {size[0]} x {size[1]}, {len(content) / 1e6:.1f} MB, opset {opset}")
-    print(f"  in: {', '.join(graph.inputs)}; out: {', '.join(n for n in graph.outputs if n not in deploy.CANDIDATES)}")
+        names = ["BACKGROUND"] * isinstance(net, SSD) + class_names(net)
+        write(path.with_name("labels.txt"), "".join(f"{name}\n" for name in names).encode())
+    write(path, content)
+    batch = "any batch size" if args.dynamic_batch else f"batch size {args.batch}"
+    print(f"{path}: {net.name}, {size[0]} x {size[1]} pixels, {batch}, {len(content) / 1e6:.1f} MB, opset {opset}")
+    outputs = [name for name in graph.outputs if name not in onnx.CANDIDATES]
+    print(f"  inputs: {', '.join(graph.inputs)}; outputs: {', '.join(outputs)}")
     return {name: difference for name, (difference, _) in largest.items()}
 
 
 def read_back(net, state, path):
-    """The network of a published state dict, as its readers understand it; WeightsError where that is another one."""
+    """The network that other programs make of a published state dict. WeightsError if it is another one."""
     if net.name in backbones.NETWORKS:
-        again = models.build(net.name, net.num_classes, **net.arguments).eval()
-        published_backbones.load_classifier(again, state)
-        return again
-    again = published.load(state, path)
-    for name in MEANINGS:
-        ours, theirs = net.arguments.get(name), again.arguments.get(name)
+        restored = models.build(net.name, net.num_classes, **net.arguments).eval()
+        pretrained_backbones.fine_tune(restored, state)
+        return restored
+    restored = pretrained.load(state, path)
+    for name in NOT_STORED:
+        ours, theirs = net.arguments.get(name), restored.arguments.get(name)
         if ours != theirs:
             raise WeightsError(
-                f"{path}: bare weights cannot say {name} {ours}: who reads them takes {theirs}; use --out"
+                f"{path}: bare weights cannot store {name} {ours}: programs that read them take {theirs}; use --out"
             )
-    return again
+    return restored
 
 
-@torch.no_grad()
-def disagreement(net, again):
-    """Largest difference between the outputs of two networks of one kind; of masks, between their weights."""
-    if getattr(net, "task", "") == "masks":
-        pairs = [(value, again.state_dict()[name]) for name, value in net.state_dict().items()]
-        return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
-    size, largest = net.image_size or (256, 320), 0.0
-    for images in batches_of(real_pictures("", size), 2):
-        more = radar_of(images) if getattr(net, "second_stage", ()) else ()
-        pixels = normalize(images, net.image_mean, net.image_std)
-        ours, theirs = net(pixels, *more), again(pixels, *more)
-        if torch.is_tensor(ours):
-            ours, theirs = {"logits": ours}, {"logits": theirs}
-        largest = max([largest, *((ours[name] - theirs[name]).abs().max().item() for name in ours)])
-    return largest
-
-
-def write_weights(net, path):
-    """Write the bare state dict of `net` in its published layout, once it reads back -> {"weights": difference}."""
+def write_state_dict(net, path):
+    """Check and write the bare state dict of `net` with published names; returns {"weights": 0.0}, the difference."""
     buffer = io.BytesIO()
-    torch.save(published_retinanet.published_state(net) if net.name == "retinanet" else net.state_dict(), buffer)
+    torch.save(retinanet.published_state(net) if net.name == "retinanet" else net.state_dict(), buffer)
     buffer.seek(0)
-    largest = disagreement(net, read_back(net, torch.load(buffer, weights_only=True), path))
-    if not largest <= WEIGHTS_TOLERANCE:
-        raise NotKept(f"{path}: not kept: read back, its outputs differ by {largest:.1e}")
-    save(path, buffer.getvalue())
-    print(f"{path}: bare weights of {net.name}, {len(buffer.getvalue()) / 1e6:.1f} MB; read back: {largest:g} off")
-    print("  such a file tells neither names of classes nor size of pictures")
-    return {"weights": largest}
+    restored = read_back(net, torch.load(buffer, weights_only=True), path).state_dict()
+    changes = [(value.double() - restored[name].double()).abs().max() for name, value in net.state_dict().items()]
+    difference = torch.stack(changes).max().item()
+    if difference != 0:  # also if it is nan
+        raise WeightsError(f"{path}: not written: the weights differ by {difference:.1e} after reading them back")
+    write(path, buffer.getvalue())
+    print(f"{path}: bare weights of {net.name}, {len(buffer.getvalue()) / 1e6:.1f} MB, checked by reading them back")
+    print("  such a file stores neither class names nor the image size")
+    return {"weights": difference}
 
 
-def save(path, content):
-    """Write a file whole, bytes or text, its folder too where there is none; UsageError where that cannot be."""
+def write(path, content):
+    """Write bytes to a file. UsageError if it cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, lambda file: file.write(content if isinstance(content, bytes) else content.encode()))
-    except OSError as fault:
-        raise UsageError(f"{path}: not written: {fault.strerror or fault}; choose another place") from fault
+        files.write(path, lambda file: file.write(content))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror or error}; choose another path") from error
 
 
 def main(argv=None):
     args = parse_args(argv)
     net = models.load(args.checkpoint)
-    largest = write_weights(net, Path(args.weights)) if args.weights else {}
-    if args.out or not args.weights:
+    largest = write_state_dict(net, Path(args.state_dict)) if args.state_dict else {}
+    if args.out or not args.state_dict:
         largest |= write_onnx(net, Path(args.out or Path(args.checkpoint).with_suffix(".onnx")), args)
     return largest
 
 
 if __name__ == "__main__":
-    flags.run(main, DataError, WeightsError, NotKept)
+    cli.run(main)

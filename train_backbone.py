@@ -1,4 +1,4 @@
-"""Train a backbone for classification: ResNet, MobileNet v1 and v2, VGG16, SqueezeNet, DLA-34, on folders a class.
+"""Train an image classifier: ResNet, MobileNet v1 and v2, VGG16, SqueezeNet or DLA-34, on one folder per class.
 
     python train_backbone.py --arch resnet18 --data data/imagenet --model-dir runs/resnet18
     python train_backbone.py --config configs/backbone_small.toml --data data/flowers --model-dir runs/flowers
@@ -6,290 +6,201 @@
     python train_backbone.py --arch resnet18 --data data/imagenet --model-dir runs/resnet18 --resume auto --eval-only
     torchrun --nproc-per-node 8 train_backbone.py --config configs/resnet50_imagenet.toml --data data/imagenet
 
-The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl, what TensorBoard reads, and backbone.pt: the best
-weights, which the detectors start from (--backbone-weights of train_retinanet.py, --base-net of train_ssd.py).
+The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl, TensorBoard files, and backbone.pt: the best
+weights alone, from which the detectors start (--backbone-weights).
 """
 
-import argparse
 import functools
-import json
-from pathlib import Path
 
 import torch
 from torchvision.transforms import v2
 
 import models
-from data import DataError, check, classes, folders, loader, transforms
-from evaluation.classification import TopK, score_labels
-from losses import classification
-from models import WeightsError, backbones, published
+from data import checks, classes, classification, loader, transforms
+from evaluation.classification import TopKAccuracy, score_labels
+from losses.classification import cross_entropy
+from models import backbones, pretrained
 from ops.images import normalize
-from training import checkpoints, devices, flags, log, optimizers, pictures, rehearsal, schedule
-from training.modes import train_mode
+from training import cli, distributed, memory, optim
+from training.ema import Ema
+from training.plan import Plan
+from training.run_folder import RunFolder
+from training.signals import StopSignals
+from utils.errors import UsageError
+from visualize import draw2d
 
 USAGE = "python train_backbone.py --arch resnet18 --data FOLDER --model-dir RUN [flags]"
-TAGS = {"loss": "Loss", "top1": "Accuracy top-1", "top5": "Accuracy top-5"}  # metrics -> names in TensorBoard
+METRICS = ("loss", "top1", "top5")
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser("train_backbone.py", USAGE, __doc__, formatter_class=flags.HelpFormatter)
-    count, amount, share = flags.number(int, 0), flags.number(float, 0), flags.number(float, 0, most=1)
+    parser = cli.ArgumentParser("train_backbone.py", __doc__, USAGE)
     arg = parser.add_argument_group("data").add_argument
     arg("--data", default="data", help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
-    arg("--train", default="", metavar="DIR", help="folder of the training classes, if it is no train in --data")
-    arg("--val", default="", metavar="DIR", help="folder of the validation classes, if it is no val in --data")
-    arg("--resolution", type=flags.number(int, 1), default=224, help="pixels a side of the pictures trained on")
-    arg("--crop-scale", type=share, nargs=2, default=[0.53, 1.0], help="augmentation: share of the picture to crop")
-    arg("--jitter", type=share, default=0.03, help="augmentation: change of brightness, contrast, saturation, hue")
-    arg("--erase", type=share, default=0.0, help="augmentation: chance of a rectangle of mean colour")
-    arg("--mixup", type=amount, default=0.0, help="augmentation: alpha of mixup; 0: off")
-    arg("--cutmix", type=amount, default=0.0, help="augmentation: alpha of cutmix; with both, either by chance")
-    arg("--val-resolution", type=count, default=0, help="validation: pixels a side; 0: as --resolution")
-    arg("--val-resize", type=count, default=0, help="validation: shortest side before the crop; 0: --val-resolution")
+    arg("--train", default="", metavar="DIR", help="folder of the training classes, if it is not DATA/train")
+    arg("--val", default="", metavar="DIR", help="folder of the validation classes, if it is not DATA/val")
+    arg("--resolution", type=cli.positive, default=224, help="height and width of training images in pixels")
+    crop = "augmentation: area of the random crop as a share of the image"
+    arg("--crop-scale", type=cli.probability, nargs=2, default=[0.53, 1.0], metavar=("MIN", "MAX"), help=crop)
+    jitter = "augmentation: maximum change of brightness, contrast, saturation and hue"
+    arg("--color-jitter-strength", "--jitter", dest="jitter", type=cli.probability, default=0.03, help=jitter)
+    arg("--erase", type=cli.probability, default=0.0, help="augmentation: probability of random erasing")
+    arg("--mixup", type=cli.non_negative, default=0.0, metavar="ALPHA", help="augmentation: mixup; 0: off")
+    cutmix = "augmentation: cutmix; 0: off; with mixup, one of the two at random"
+    arg("--cutmix", type=cli.non_negative, default=0.0, metavar="ALPHA", help=cutmix)
+    arg("--val-resolution", type=cli.count, default=0, help="resolution of validation; 0: --resolution")
+    resize = "shortest side in validation before the center crop; 0: --val-resolution"
+    arg("--val-resize", type=cli.count, default=0, metavar="PIXELS", help=resize)
 
-    arg = parser.add_argument_group("network").add_argument
-    arg("--arch", "--net", choices=tuple(backbones.NETWORKS), default="resnet18", help="architecture")
-    arg("--width-mult", type=amount, default=1.0, help="of mobilenet_v2; train_ssd.py takes whole numbers alone")
-    arg("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
-    arg("--weights", default="", metavar="FILE", help="start from these: a backbone.pt, or torchvision's file")
-
-    arg = parser.add_argument_group("learning rate and loss").add_argument
-    arg("--learning-rate", "--lr", dest="lr", type=amount, default=0.1, help="at --batch-size")
-    arg("--scheduler", choices=schedule.NAMES, default="multi-step", help="learning rate over time")
-    arg("--steps", type=count, default=0, help="length of the run in steps; 0: --epochs")
-    steps = "milestones in steps, such as 150000,300000; else --milestones, in epochs"
-    arg("--milestone-steps", type=flags.numbers, help=steps)
-    arg("--label-smoothing", type=flags.number(float, 0, 1), default=0.0, help="share of a label that all classes get")
-    arg("--validation-steps", type=count, default=0, help="validate every so many steps; 0: by epochs")
-    flags.add_data_arguments(parser)
-    flags.add_run_arguments(parser)
-    source = {"batch_size": 128, "lr_batch_size": 128, "epochs": 90, "milestones": "30,60,80", "weight_decay": 1e-4}
-    parser.set_defaults(model_dir="runs/backbone", **source)
-    return flags.parse(parser, argv)
+    arg = parser.add_argument_group("network, loss").add_argument
+    arg("--arch", "--net", choices=tuple(backbones.NETWORKS), default="resnet18", help="network architecture")
+    width = "mobilenet_v2: width multiplier; train_ssd.py takes only whole numbers"
+    arg("--width-mult", type=cli.non_negative, default=1.0, help=width)
+    start = "weights to start from: a file of this network; imagenet: torchvision's, downloaded"
+    arg("--weights", default="none", metavar="imagenet|none|FILE", help=start)
+    imagenet = "the same as --weights imagenet"
+    arg("--pretrained", dest="weights", action="store_const", const="imagenet", help=imagenet)
+    arg("--label-smoothing", type=cli.number(float, 0, 1), default=0.0, help="share of a label spread over all classes")
+    cli.add_data_arguments(parser)
+    cli.add_run_arguments(parser)
+    published = {"batch_size": 128, "lr_batch_size": 128, "lr": 0.1, "epochs": 90, "milestones": "30,60,80"}
+    parser.set_defaults(model_dir="runs/backbone", weight_decay=1e-4, **published)
+    return parser.parse(argv)
 
 
 @torch.no_grad()
-def evaluate(net, batches, run, keep=()):
-    """Mean loss, top-1 and top-5 over the whole set -> (metrics, TopK, [(image, label, found label)] to look at).
+def evaluate(net, val_loader, sample_ids=(), *, run):
+    """Mean loss, top-1 and top-5 accuracy of the validation set: (metrics, evaluators, samples).
 
-    Batch norm statistics stay untouched. Every process takes its share of the pictures, all get the same metrics.
-    keep: ids of the pictures that come back, as far as they are in this process's share.
+    Every process evaluates its share of the images, all get the same metrics. Batch norm statistics do not change.
+    samples: the images with `sample_ids`, (image, label, predicted label) each, to be drawn.
     """
-    topk, kept = TopK(), []
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, pictures
-    net.eval()
-    for images, labels, image_ids in batches:
-        pixels = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std)
+    evaluator, samples = TopKAccuracy(net.classes), []
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, images
+    run.set_eval_mode(net)
+    for images, labels, image_ids in val_loader:
         with run.autocast():
-            logits = net(pixels)
+            logits = net(normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std))
         labels = labels.to(run.device)
-        entropy = classification.loss(logits, labels, count=1)["cross_entropy"]
+        entropy = cross_entropy(logits, labels, 1)["cross_entropy"]
         sums += torch.tensor([entropy.item(), len(labels)], dtype=torch.float64)
-        topk.update(labels, logits)
-        answers = zip(image_ids, images, labels.tolist(), logits.argmax(1).tolist())
-        kept += [answer for image_id, *answer in answers if image_id in keep]
+        evaluator.update(labels, logits)
+        predictions = zip(image_ids, images, labels.tolist(), logits.argmax(1).tolist())
+        samples += [sample for image_id, *sample in predictions if image_id in sample_ids]
     sums = run.mean(sums)
-    return {"loss": float(sums[0] / sums[1]), **topk.compute(run.gather)}, topk, kept
+    return {"loss": float(sums[0] / sums[1]), **evaluator.compute(run.gather)}, [evaluator], samples
 
 
 @torch.no_grad()
 def accuracy(logits, labels, count):
-    """Pictures whose label (of a mixed one, the greater part) is the best, or among the five best, answers: / count."""
+    """Images whose label (of a mixed one, the larger part) is the top prediction, or among the top five: / count."""
     labels = labels if labels.ndim == 1 else labels.argmax(1)
-    right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B,5], best first
-    return {"top1": right[:, 0].sum() / count, "top5": right.sum() / count}
-
-
-def log_evaluation(logger, step, metrics, kept, names):
-    """Loss and accuracy, and the pictures that were kept, each named by what was found in it."""
-    logger.log(step, {TAGS[name] + "/val": value for name, value in metrics.items()})
-    if kept:
-        images, labels, found = zip(*kept)
-        logger.images("Predictions (truth where wrong)", pictures.sheet(images, labels, found, names), step)
-
-
-def preflight(net, wrapped, optimizer, train_set, args, run):
-    """A batch forward, backward and through evaluation, then the peaks of memory."""
-    batch = loader.collate_labels([train_set[i % len(train_set)] for i in range(args.batch_size // run.world)])
-    rehearsal.allocate(optimizer)
-    images, labels, _ = batch
-    pixels = normalize(images.to(run.device), net.image_mean, net.image_std)
-    for part, part_labels in zip(pixels.chunk(args.accumulate), labels.to(run.device).chunk(args.accumulate)):
-        with run.autocast():
-            logits = wrapped(part)
-        classification.loss(logits, part_labels, args.batch_size)["cross_entropy"].backward()
-    evaluate(net, [batch], run)
-    run.say(f"preflight: {len(images)} pictures at {args.resolution} pixels")
-    run.say(devices.memory_peaks(run, args.workers, images.nbytes))
+    correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B,5], best first
+    return {"top1": correct[:, 0].sum() / count, "top5": correct.sum() / count}
 
 
 def main(argv=None):
     args = parse_args(argv)
-    run = devices.setup(args.device, args.gpus, args.precision, args.seed)
-    out, batch = Path(args.model_dir), args.batch_size
-    devices.check_batch(run, batch, args.accumulate)
-    monitor = flags.choose_monitor(args.monitor, "top1", TAGS)
-    flags.need_weights(args.eval_only, args.resume or args.pretrained or args.weights, "--weights")
+    run = distributed.init(args)
+    monitor = cli.choose_monitor(args.monitor, "top1", METRICS)
+    run_folder = RunFolder(args, run)
     val_size = args.val_resolution or args.resolution
     if 0 < args.val_resize < val_size:
-        raise flags.UsageError(f"--val-resize {args.val_resize}: give 0, or at least the {val_size} pixels cut out")
+        raise UsageError(f"--val-resize {args.val_resize}: give 0, or at least the {val_size} pixels of the crop")
     if args.width_mult != 1 and args.arch != "mobilenet_v2":
-        raise flags.UsageError(f"--width-mult: {args.arch} has one width; leave it out, or give --arch mobilenet_v2")
+        raise UsageError(f"--width-mult: {args.arch} has one width; leave it out, or give --arch mobilenet_v2")
 
     # data
-    resume = (args.resume, args.overwrite, args.eval_only or args.preflight, "--weights")
-    saved = None if args.check_data else checkpoints.open_run(out, *resume)
-    trained = saved and saved["classes"]
-    if not run.is_main:
-        run.barrier()  # the main process lists the files, the others read its list
-    faults = []
-    sets = folders.load(args.data, args.train, args.val, trained, out, args.seed, run.say, faults)
-    if run.is_main:
-        run.barrier()
+    with run.main_first():  # it lists the files, the others read its list
+        train_set, val_set, errors = classification.load(
+            args.data, args.train, args.val, run_folder.classes, run_folder.path, args.seed, run.print
+        )
     if args.check_data:
-        return check.check_data(*sets, faults, args.workers, out / "data_faults.json", run.say)
-    train_set, val_set = folders.settle(*sets, faults, args.bad_images, args.workers, run.say)
-    truth = score_labels(TopK(), val_set.labels, len(val_set.classes))
-    run.say(f"ground truth scored as predictions: top-1 {truth['top1']:.3f}")
+        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path, run.print)
+    train_set, val_set = checks.apply(train_set, val_set, errors, "error", args.bad_images, args.workers, run.print)
+    truth = score_labels(TopKAccuracy(val_set.classes), val_set.labels)
+    run.print(f"ground truth scored as predictions: top-1 {truth['top1']:.3f}")
 
     # network
     arguments = {"width_mult": args.width_mult} if args.arch == "mobilenet_v2" else {}
     net = models.build(args.arch, len(train_set.classes), **arguments)
     net.classes, size = train_set.classes, (args.resolution, args.resolution)
-    if not saved:
-        published.begin_backbone(net, args.pretrained, args.weights, run.is_main, run.say, args.eval_only)
+    if not run_folder.checkpoint:
+        pretrained.init_weights(net, args.weights, "none", run.is_main, args.eval_only, run.print)
     net.to(run.device, memory_format=torch.channels_last)
-    train_set.transform = transforms.classify_train(args.resolution, args.crop_scale, args.jitter, args.erase)
-    val_set.transform = transforms.classify_evaluate(args.val_resize or val_size, val_size)
-    pin, collate = run.device.type == "cuda", loader.collate_labels
-    val_batches = loader.evaluation_loader(val_set, batch, args.workers, run.rank, run.world, pin, collate)
+    train_set.transform = transforms.classification_train(args.resolution, args.crop_scale, args.jitter, args.erase)
+    val_set.transform = transforms.classification_eval(args.val_resize or val_size, val_size)
     mixers = [v2.MixUp(alpha=args.mixup, num_classes=net.num_classes)] if args.mixup else []
     mixers += [v2.CutMix(alpha=args.cutmix, num_classes=net.num_classes)] if args.cutmix else []
     mix = v2.RandomChoice(mixers) if mixers else v2.Identity()
+    optim.set_train_mode(net, freeze_bn=args.freeze_bn)
 
     # loss
-    class_weights = classes.class_weights(args.class_weights, net.classes)
-    class_weights = class_weights and torch.tensor(class_weights[1:], device=run.device)  # no background here
-    settings = {"smoothing": args.label_smoothing, "class_weights": class_weights}
-    criterion = functools.partial(classification.loss, **settings)
+    class_weights = classes.class_weights(args.class_weights, net.classes, run.device)
+    criterion = functools.partial(cross_entropy, smoothing=args.label_smoothing, class_weights=class_weights)
 
-    # optimiser
-    train_mode(net, freeze_bn=args.freeze_bn)
-    decay = (args.weight_decay, args.norm_weight_decay)
-    parts = {"backbone": list(net.parameters())}
-    optimizer = optimizers.build(args.optimizer, parts, {"backbone": args.lr}, *decay, args.momentum)
-    wrapped = run.wrap(net, args.sync_bn, args.compile)  # before the averages: it gives all processes the same weights
-    ema = checkpoints.Ema(net, args.ema)
+    # optimizer, schedule, resume
+    optimizer = optim.build(args, {"backbone": list(net.parameters())}, {"backbone": args.lr})
+    wrapped = run.wrap(net, args.sync_bn, args.compile)  # before Ema: all processes then have the same weights
+    ema = Ema(net, args.ema)
+    plan = Plan(args, len(train_set), run.print)
+    progress = run_folder.restore(net, optimizer, ema, plan, models.describe(net, image_size=(val_size, val_size)))
+    run.print(f"{models.summary(net)}, {size[0]} x {size[1]} pixels, {distributed.describe(run)}")
 
-    # schedule, in steps
-    steps = functools.partial(loader.steps_in, count=len(train_set), batch_size=batch)
-    length = args.steps or steps(args.epochs)
-    total = min(length, args.max_steps or length)
-    milestones = args.milestone_steps or [steps(epoch) for epoch in args.milestones]
-    shape = {"total": steps(args.t_max) if args.t_max else length, "milestones": milestones, "gamma": args.gamma}
-    lr_factor = functools.partial(schedule.lr_factor, args.scheduler, warmup_steps=args.warmup_steps, **shape)
-    scale = optimizers.batch_scale(batch, args.lr_batch_size, args.scale_lr, run.say)
-
-    # resume
-    progress = checkpoints.Progress()
-    state = {"model": net, "optimizer": optimizer, "scaler": run.scaler, "ema": ema}
-    if saved:
-        checkpoints.restore(saved, state, progress, args.eval_only)
-        for line in checkpoints.changed(saved["flags"], vars(args)):
-            run.say(f"  changed: {line}")
-    about = {**models.describe(net), "image_size": (val_size, val_size)}
-    parameters = sum(p.numel() for p in net.parameters()) / 1e6
-    run.say(f"{net.name}, {args.resolution} pixels, {parameters:.1f} M parameters, {devices.describe(run)}")
-    if args.preflight:
-        with devices.memory_advice(run, size, batch, args.accumulate):
-            return preflight(net, wrapped, optimizer, train_set, args, run)
+    # loaders
+    process = loader.Process(run.rank, run.world_size, args.workers, run.pin_memory)
+    val_loader = loader.eval_loader(val_set, args.batch_size, process, loader.collate_labels)
+    validate = functools.partial(evaluate, net, run=run)
     if args.eval_only:
-        with ema.applied(net):
-            metrics, topk, _ = evaluate(net, val_batches, run)
-        if run.is_main:
-            topk.write_tables(out, net.classes)
-        run.say(json.dumps(metrics, indent=1) + f"\n{out}/per_class.csv and confusion.csv written")
-        run.close()
-        return metrics
+        metrics, evaluators, _ = validate(val_loader)
+        return run_folder.report(metrics, evaluators)
+    balance = train_set.balance_weights() if args.balance_data else None
+    sampler = loader.StepSampler(
+        len(train_set), args.batch_size, plan.total_steps, args.seed, progress.step, process, balance
+    )
+    train_loader = loader.train_loader(train_set, sampler, process, loader.collate_labels)
+    if args.preflight:
+        count = args.batch_size // run.world_size
+        first = [[i % len(dataset) for i in range(count)] for dataset in (train_set, val_set)]
+        train_loader, val_loader = loader.one_batch_each((train_set, val_set), first, loader.collate_labels)
+    sample_ids = set(range(0, len(val_set), -(-len(val_set) // 16)))  # 16 images to draw, from all classes
 
     # train
-    for warning in devices.check_machine(args.workers, 3 * args.resolution**2 * batch // run.world):
-        run.say(f"WARNING: {warning}")
-    balance = train_set.balance_weights() if args.balance_data else None
-    sampler = loader.StepSampler(len(train_set), batch, total, args.seed, progress.step, run.rank, run.world, balance)
-    batches = loader.train_loader(train_set, sampler, args.workers, pin, collate)
-    logger = log.Logger(out, total, progress.step, run.is_main, args.debug_steps, vars(args), args.log_level)
-    meter, metrics, logged = log.Meter(limit=20 if run.scaler.is_enabled() else 0), {}, progress.step
-    whole = {**state, **about, "progress": progress, "flags": vars(args)}
-    right, shown = log.Meter(), set(range(0, len(val_set), -(-len(val_set) // 16)))  # 16 pictures, from all classes
-    with checkpoints.StopSignals() as stop, logger, devices.memory_advice(run, size, batch, args.accumulate):
-        for images, labels, image_ids in logger.steps(batches):
-            step = progress.step + 1
-            run.seed_step(step)  # dropout, mixup
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * scale * lr_factor(step - 1)
-
+    logger, metrics, evaluators = run_folder.logger(plan, train_set.image_path), {}, []
+    with logger, StopSignals(run) as stop, memory.advice(run, args, size):
+        for images, labels, image_ids in logger.steps(train_loader):
+            run.seed_step(progress.step + 1)  # dropout, mixup
+            plan.set_lr(optimizer, progress.step)
             images = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std)
             images, labels = mix(images, labels.to(run.device, non_blocking=True))
-            count = batch / run.world
+            count = args.batch_size / run.world_size
             for part, part_labels in zip(images.chunk(args.accumulate), labels.chunk(args.accumulate)):
                 with run.autocast():
                     logits = wrapped(part)
                 losses = criterion(logits, part_labels, count)
                 run.scaler.scale(sum(losses.values())).backward()
-                meter.add(losses, image_ids, step)
-                right.add(accuracy(logits, part_labels, count), step=step)
-            run.scaler.unscale_(optimizer)
-            if args.clip_norm:
-                torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_norm)
-            run.scaler.step(optimizer)
-            run.scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+                logger.add(progress.step + 1, losses, image_ids, accuracy(logits, part_labels, count))
+            optim.step(optimizer, run.scaler, net, args.clip_norm)
             ema.update(net)
 
-            progress.step = step
-            epoch = loader.epoch_ended(step, len(train_set), batch)  # 0 within an epoch
-            progress.epoch = epoch or progress.epoch
-            stopping = run.any(stop.requested)
-            saving = epoch or stopping or schedule.due(step, args.save_every_steps, total) or step == total
-            if saving or logger.due(step):
-                values = {"loss": log.read_losses(meter, run, optimizer, out, train_set.paths)["loss"]}
-                values |= {name: float(run.mean(value)) for name, value in right.read().items()}
-                values = {TAGS[name] + "/train": value for name, value in values.items()}
-                values["lr"] = optimizer.param_groups[-1]["lr"]
-                logger.log(step, values, images=(step - logged) * batch)
-                logged = step
-            best = False
-            due = epoch and epoch % args.validation_epochs == 0
-            if args.validation_steps:
-                due = schedule.due(step, args.validation_steps, total)
-            if not stopping and (due or step == total):
-                checkpoints.save(out, whole)  # a kill in here loses no step
+            due = plan.advance(progress, stop.requested())
+            if due.log:
+                plan.record_loss(due, logger.log_losses(progress.step, optimizer))
+            if due.validate:
+                run_folder.save()  # if the validation is killed, no step is lost
                 with ema.applied(net), logger.paused():
-                    run.share_statistics(net)
-                    metrics, topk, kept = evaluate(net, val_batches, run, keep=shown)
-                    best = progress.improved(metrics[monitor], lower_is_better=monitor == "loss")
-                    if best:
-                        checkpoints.export(out / "backbone.pt", {**about, "model": net})
-                train_mode(net, freeze_bn=args.freeze_bn)
-                log_evaluation(logger, step, metrics, kept, net.classes)
-            if saving or best:
-                copies = schedule.copies(epoch, step, args.save_every_epochs, args.save_every_steps)
-                checkpoints.save(out, whole, best=best, keep=args.keep, **copies)
-            if stopping or (args.patience and progress.stale >= args.patience):
+                    metrics, evaluators, samples = validate(val_loader, sample_ids)
+                    if progress.record(metrics[monitor], cli.higher_is_better(monitor)):
+                        run_folder.save_weights(net)
+                optim.set_train_mode(net, freeze_bn=args.freeze_bn)
+                images = draw2d.prediction_sheet(samples, net.classes)
+                logger.log_validation(progress.step, metrics, evaluators, images)
+            if due.save:
+                run_folder.save(due.copies)
+            if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    run.close()
-    if stop.requested:
-        run.say(f"stopped and saved at step {progress.step}; go on with --resume auto")
-        raise SystemExit(stop.exit_code)
-    if metrics:
-        run.say(f"top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f}\n{topk.table(net.classes)}")
-    if progress.best is not None:
-        weights = f", its weights in {out / 'backbone.pt'}" if (out / "backbone.pt").is_file() else ""
-        run.say(f"best {monitor} {progress.best:.4g} at step {progress.best_step}{weights}")
-    run.say(f"checkpoints, curves and pictures: tensorboard --logdir {out}")
-    return metrics
+    return run_folder.finish(stop, monitor, metrics, evaluators)
 
 
 if __name__ == "__main__":
-    flags.run(main, DataError, WeightsError, log.NonFinite)
+    cli.run(main)

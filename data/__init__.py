@@ -1,46 +1,53 @@
-"""Data sets, paired transforms, loaders, the data check and the drawn demo data.
+"""Data sets, transforms and loaders. Every data set meets the contract below, and every transform keeps it.
 
-The contract that every data set meets and every transform keeps. `dataset[i]` is `(image, target)`:
+`dataset[i]` is `(image, target)`:
 
-image    uint8 [3,H,W], RGB
-target   a dict
-  boxes     float32 [M,4] xyxy in pixels of this image, x2 > x1 and y2 > y1 (tv_tensors.BoundingBoxes)
-  labels    int64 [M] from 0; background is no class
-  ignore    bool [M]: crowd, difficult, group; never a positive, never a false positive
-  image_id  int, the position in the data set
-  size      (h, w) of the file
-  masks     uint8 [M,H,W], 0 or 1, where the task has them (tv_tensors.Mask); H, W of this image
+    image        uint8 [3,H,W], RGB (tv_tensors.Image)
+    target       a dict
+      boxes      float32 [M,4], xyxy in pixels of this image, x2 > x1 and y2 > y1 (tv_tensors.BoundingBoxes)
+      labels     int64 [M], 0 to K - 1; background is not a class
+      ignore     bool [M], COCO's crowds, VOC's difficult objects and Open Images' groups: never positives in training,
+                 neither true nor false positives in evaluation
+      masks      uint8 [M,H,W], 0 or 1 (tv_tensors.Mask), in data sets with masks
+      image_id   int, the index i
+      size       (height, width) of the image file
 
-A picture without boxes has boxes [0,4] and is trained on. The data set owns `classes`, the names in label order.
-`dataset[epoch, i]` is the same picture as another epoch augments it: what is random is seeded from (seed, epoch, i), so
-workers, processes and resumes change nothing. `annotation_file`, `source_ids` and `category_ids` lead back to COCO's
-file and ids, and are None for pictures from anywhere else. No data set knows an anchor or a heatmap.
+The left edge of an image has x = 0, the right edge x = W. An image without objects has boxes [0,4] and is trained on.
+nuScenes adds 3D fields and radar points, see data.nuscenes.dataset. Of a classification data set `dataset[i]` is
+`(image, label, i)`.
+
+`dataset[epoch, i]` is image i as it is augmented in that epoch. Its random numbers are seeded from (seed, epoch, i), so
+the numbers of workers and processes change nothing, and a resumed run sees what an uninterrupted one would have seen.
+
+Every data set also has len(), `classes` (K names in label order), `transform`, `seed`, image_path(i), load(i) (a sample
+before the transform), without(indices), class_counts(), balance_weights() and summary(). Targets do not depend on the
+network: `losses` matches them to anchors or draws heat maps of them.
 """
 
 import torch
 
-from data.errors import DataError
+from utils.errors import DataError
 
 __all__ = ["PER_OBJECT", "DataError", "check_target"]
 
-# Fields of a target with one row an object, filtered together; from center on nuScenes' own.
+# the fields of a target with one row per object, which are filtered together; from center on those of nuScenes
 PER_OBJECT = ("boxes", "labels", "ignore", "masks", "center", "dims", "yaw", "alpha", "velocity", "attribute")
 PER_OBJECT += ("visibility", "amodal")
 
 
-def check_target(image, target, num_classes):
-    """Raise AssertionError where `(image, target)` breaks the contract above. Tests run it over every data set."""
-    boxes, labels, count = target["boxes"], target["labels"], len(target["boxes"])
+def check_target(image: torch.Tensor, target: dict, num_classes: int) -> None:
+    """Raise AssertionError if `(image, target)` breaks the contract. The tests call it on every data set."""
+    boxes, labels, ignore, count = target["boxes"], target["labels"], target["ignore"], len(target["boxes"])
     height, width = image.shape[-2:]
     assert image.dtype == torch.uint8 and image.shape == (3, height, width), (image.dtype, image.shape)
     assert boxes.dtype == torch.float32 and boxes.shape == (count, 4), (boxes.dtype, boxes.shape)
     assert labels.dtype == torch.int64 and labels.shape == (count,), (labels.dtype, labels.shape)
-    assert target["ignore"].dtype == torch.bool and target["ignore"].shape == (count,), target["ignore"]
+    assert ignore.dtype == torch.bool and ignore.shape == (count,), (ignore.dtype, ignore.shape)
     assert isinstance(target["image_id"], int) and len(target["size"]) == 2, target
     assert bool(((labels >= 0) & (labels < num_classes)).all()), labels
-    assert bool((boxes[:, 2:] > boxes[:, :2]).all()), boxes
+    assert bool((boxes[:, 2:] > boxes[:, :2]).all()) and bool((boxes >= 0).all()), boxes
+    assert bool((boxes <= boxes.new_tensor([width, height, width, height])).all()), (boxes, image.shape)
     if "masks" in target:
         masks = target["masks"]
         assert masks.dtype == torch.uint8 and masks.shape == (count, height, width), (masks.dtype, masks.shape)
         assert bool((masks <= 1).all()), masks.max()
-    assert bool((boxes >= 0).all()) and bool((boxes <= boxes.new_tensor([width, height, width, height])).all()), boxes

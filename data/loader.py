@@ -1,63 +1,84 @@
-"""From a data set to batches: which pictures a step sees, and how they become one tensor."""
+"""From a data set to batches: which images a step sees, and how they become one tensor."""
 
 import gc
-import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-WINDOW = 64  # batches whose pictures are sorted by aspect ratio together: more pad less and are less random
+WINDOW = 64  # batches that are sorted by aspect ratio together: a larger window needs less padding but is less random
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of the processes that share the data, and how it loads its share."""
+
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0  # data loading processes
+    pin_memory: bool = False
 
 
 class StepSampler(Sampler):
-    """Batches of (epoch, index) for steps `first_step` to `steps`, for process `rank` of `world`.
+    """Batches of (epoch, index) for steps `first_step` to `steps`, for one process.
 
-    The order is one stream: every epoch a new permutation of all pictures, end to end, cut into batches. No picture is
-    lost or shown twice at an epoch's end, no batch is short, and a batch may span two epochs. Batch size is the total;
-    process r takes every world-th picture of it. What a step sees depends on (seed, step) alone, so a resumed run
-    goes on at the very next picture.
+    The epochs, each a new permutation of all images, form one sequence that is cut into batches. No image is lost or
+    repeated at the end of an epoch, no batch is short, and a batch may span two epochs. Process r gets every world-th
+    image of a batch. A batch depends on the seed and the step alone, so a resumed run continues with the next image.
 
-    count        pictures in the data set
-    batch_size   pictures a step over all processes; a multiple of `world`
-    weights      float64 [count], the chance of each picture: an epoch is then `count` draws with replacement
-    aspects      float [count], height / width of each picture: a batch then holds alike ones, for less padding
+    count        images in the data set
+    batch_size   images per step over all processes; a multiple of their number
+    weights      float64 [count], the probability of each image: an epoch is then `count` draws with replacement
+    aspects      float [count], height / width of each image: batches then have similar images, for less padding
     """
 
-    def __init__(self, count, batch_size, steps, seed, first_step=0, rank=0, world=1, weights=None, aspects=None):
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        first_step: int = 0,
+        process: Process = Process(),
+        weights: np.ndarray | None = None,
+        aspects: np.ndarray | None = None,
+    ):
         self.count, self.batch_size, self.steps, self.seed = count, batch_size, steps, seed
-        self.first_step, self.rank, self.world = first_step, rank, world
+        self.first_step, self.process = first_step, process
         self.weights, self.aspects = weights, None if aspects is None else np.asarray(aspects)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.steps - self.first_step
 
-    def order(self, epoch):
-        """int64 [count], the pictures of `epoch` (from 0) in their order."""
+    def order(self, epoch: int) -> np.ndarray:
+        """int64 [count], the images of `epoch` (from 0) in their order."""
         random = np.random.default_rng([self.seed, epoch])
         if self.weights is None:
             order = random.permutation(self.count)
         else:
             order = random.choice(self.count, size=self.count, p=self.weights)
-        return order if self.aspects is None else self.alike(epoch, order, random)
+        return order if self.aspects is None else self.group_by_aspect(epoch, order, random)
 
-    def alike(self, epoch, order, random):
-        """`order` with pictures of like aspect in each batch: windows of WINDOW batches are sorted, then their batches
-        shuffled. The pictures that share a batch with another epoch, less than a batch at either end, stay as drawn."""
+    def group_by_aspect(self, epoch: int, order: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """`order` with images of similar aspect in each batch: windows of WINDOW batches are sorted, then their batches
+        shuffled. Images that share a batch with another epoch, less than a batch at either end, stay as drawn."""
         first = min(self.count, -epoch * self.count % self.batch_size)  # where this epoch's first whole batch begins
         last = self.count - (self.count - first) % self.batch_size
-        pieces = [order[:first]]
+        parts = [order[:first]]
         for start in range(first, last, WINDOW * self.batch_size):
             window = order[start : min(last, start + WINDOW * self.batch_size)]
             window = window[np.argsort(self.aspects[window], kind="stable")].reshape(-1, self.batch_size)
-            pieces.append(random.permutation(window).ravel())
-        return np.concatenate([*pieces, order[last:]])
+            parts.append(random.permutation(window).ravel())
+        return np.concatenate([*parts, order[last:]])
 
-    def __iter__(self):
-        epoch, order = -1, None
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = order = None
         for step in range(self.first_step, self.steps):
-            batch = []
-            for position in range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world):
+            batch, end = [], (step + 1) * self.batch_size
+            for position in range(step * self.batch_size + self.process.rank, end, self.process.world_size):
                 if position // self.count != epoch:
                     epoch = position // self.count
                     order = self.order(epoch)
@@ -65,97 +86,116 @@ class StepSampler(Sampler):
             yield batch
 
 
-def steps_in(epochs, count, batch_size):
-    """Steps after which `epochs` epochs of `count` pictures have been seen."""
-    return -(-epochs * count // batch_size)
-
-
-def epoch_ended(step, count, batch_size):
-    """How many epochs are complete after `step`, if `step` completed one, else 0."""
-    epochs = step * batch_size // count
-    return epochs if epochs > (step - 1) * batch_size // count else 0
-
-
 class Targets(list):
-    """The targets of a batch, which go from a worker to the loop as one message of plain bytes.
+    """The targets of a batch. Data loading workers send them as arrays, with masks as bits.
 
-    torch sends each tensor as a file in shared memory of its own: boxes, labels and ignore of 128 pictures, twice, are
-    more than the 1,024 files that a process may usually have open. Masks, megabytes each, go as eight pixels a byte.
+    torch would pass each tensor on as a file in shared memory: boxes, labels and ignore of two batches of 128 images
+    are more than the 1,024 files that a process may usually have open. Two images with 20 masks each of 800 x 1333
+    pixels take 31 ms as bits, 128 ms as bytes.
     """
 
     def __reduce__(self):
-        arrays = _convert(self, torch.Tensor, torch.Tensor.numpy)
-        for target in arrays:
-            if "masks" in target:
-                target["masks"] = np.packbits(target["masks"]), target["masks"].shape
-        return _from_arrays, (arrays,)
+        return _unpack, ([_pack(target) for target in self],)
 
 
-def _from_arrays(targets):
-    for target in targets:
-        if "masks" in target:
-            bits, shape = target["masks"]
-            target["masks"] = np.unpackbits(bits, count=math.prod(shape)).reshape(shape)
-    return Targets(_convert(targets, np.ndarray, torch.from_numpy))
+def _pack(target):
+    arrays = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in target.items()}
+    if "masks" in arrays:
+        arrays["masks"] = np.packbits(arrays["masks"], axis=2), arrays["masks"].shape[2]
+    return arrays
 
 
-def _convert(targets, kind, change):
-    """`targets` with every field of type `kind` put through the function `change`."""
-    return [{k: change(v) if isinstance(v, kind) else v for k, v in target.items()} for target in targets]
+def _unpack(packed):
+    targets = Targets()
+    for arrays in packed:
+        if "masks" in arrays:
+            bits, width = arrays["masks"]
+            arrays["masks"] = np.unpackbits(bits, axis=2, count=width)
+        targets.append({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()})
+    return targets
 
 
-def _plain(tensor):
-    return tensor.as_subclass(torch.Tensor)
+def _plain(target):
+    """`target` without torchvision's tensor classes."""
+    return {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k, v in target.items()}
 
 
-def collate(samples):
+def collate(samples: Sequence[tuple]) -> tuple[torch.Tensor, Targets]:
     """[(image uint8 [3,H,W], target)] of one size -> (uint8 [B,3,H,W], list of B targets), all plain tensors."""
     images, targets = zip(*samples)
-    return torch.stack([_plain(image) for image in images]), Targets(_convert(targets, torch.Tensor, _plain))
+    return torch.stack(images), Targets(map(_plain, targets))
 
 
 class PadCollate:
-    """`collate` for pictures of any size: [(image uint8 [3,h,w], target)] -> (uint8 [B,3,H,W], list of B targets).
+    """`collate` for images of any size: [(image uint8 [3,h,w], target)] -> (uint8 [B,3,H,W], list of B targets).
 
-    multiple   H and W are those of the largest picture rounded up to a multiple of this, in pixels
+    multiple   H and W are the largest height and width, rounded up to a multiple of this number of pixels
 
-    Each picture lies at the top left, what is left over is 0, and its target gains "shape", its own (h, w). Masks stay
-    in the targets, of that shape.
+    Each image is at the top left, padded with 0. Its target gets "shape", its own (h, w); masks keep that shape.
     """
 
-    def __init__(self, multiple):
+    def __init__(self, multiple: int):
         self.multiple = multiple
 
-    def __call__(self, samples):
+    def __call__(self, samples: Sequence[tuple]) -> tuple[torch.Tensor, Targets]:
         shapes = [tuple(image.shape[-2:]) for image, _ in samples]
         height, width = (-(-max(sides) // self.multiple) * self.multiple for sides in zip(*shapes))
         batch = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # channels last
         for pixels, (image, _), (h, w) in zip(batch, samples, shapes):
-            pixels[:, :h, :w] = _plain(image)
-        targets = [target | {"shape": shape} for (_, target), shape in zip(samples, shapes)]
-        return batch, Targets(_convert(targets, torch.Tensor, _plain))
+            pixels[:, :h, :w] = image
+        return batch, Targets(_plain(target) | {"shape": shape} for (_, target), shape in zip(samples, shapes))
 
 
-def collate_labels(samples):
+def collate_labels(samples: Sequence[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """[(image uint8 [3,H,W], label, image_id)] of one size -> (uint8 [B,3,H,W], int64 [B], list of B ids)."""
     images, labels, image_ids = zip(*samples)
-    return torch.stack([_plain(image) for image in images]), torch.tensor(labels, dtype=torch.int64), list(image_ids)
+    return torch.stack(images), torch.tensor(labels, dtype=torch.int64), list(image_ids)
 
 
-def train_loader(dataset, sampler, workers, pin_memory=False, collate=collate):
-    """Batches for the steps of `sampler`, in order, whatever the number of worker processes."""
-    how = {"collate_fn": collate, "pin_memory": pin_memory, "worker_init_fn": spare_memory}
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, **how)
+def train_loader(
+    dataset: Dataset, sampler: StepSampler, process: Process = Process(), collate: Callable = collate
+) -> DataLoader:
+    """Batches for the steps of `sampler`, in order, whatever the number of workers."""
+    return _loader(dataset, process, collate, batch_sampler=sampler)
 
 
-def evaluation_loader(dataset, batch_size, workers, rank=0, world=1, pin_memory=False, collate=collate):
-    """This process's share of the pictures, each once."""
-    share = Subset(dataset, range(rank, len(dataset), world))
-    how = {"collate_fn": collate, "pin_memory": pin_memory, "worker_init_fn": spare_memory}
-    return DataLoader(share, batch_size, num_workers=workers, **how)
+def eval_loader(
+    dataset: Dataset, batch_size: int, process: Process = Process(), collate: Callable = collate
+) -> DataLoader:
+    """This process's share of the images, each once. batch_size: over all processes."""
+    share = Subset(dataset, range(process.rank, len(dataset), process.world_size))
+    return _loader(share, process, collate, batch_size=batch_size // process.world_size)
 
 
-def spare_memory(worker):
-    """In a forked worker, keep the garbage collector from what it shares with its parent: it would mark each object,
-    and what is marked is copied, 80 MB a worker of Python's and torch's own."""
+def _loader(dataset, process, collate, **batches):
+    workers = {"num_workers": process.workers, "worker_init_fn": init_worker}
+    return DataLoader(dataset, collate_fn=collate, pin_memory=process.pin_memory, **workers, **batches)
+
+
+def init_worker(worker: int) -> None:
+    """In a forked worker, exclude the objects that it shares with its parent from garbage collection, which writes to
+    every object and thereby copies its memory page: 80 MB per worker for Python's and torch's own objects."""
     gc.freeze()
+
+
+def one_batch_each(
+    datasets: Sequence[Any], indices: Sequence[Sequence[int]], collate: Callable = collate
+) -> list[list[tuple]]:
+    """For --preflight: in place of a loader for each data set, a list of one batch, of the images at its `indices`."""
+    return [[collate([dataset[int(i)] for i in chosen])] for dataset, chosen in zip(datasets, indices, strict=True)]
+
+
+def largest_images(dataset: Any, count: int, min_side: int, max_side: int) -> list[int]:
+    """Indices of `count` images that make the largest padded batch; those with the most objects fill the rest.
+
+    dataset              with aspects(), float [N] of height / width, and most_objects(count), int [count]
+    min_side, max_side   length of the shortest side and maximum of the longest after resizing, in pixels
+
+    A batch is as high as its highest image and as wide as its widest; for one image only the area counts.
+    """
+    aspects = dataset.aspects()
+    if count > 1:
+        return [int(aspects.argmax()), int(aspects.argmin()), *dataset.most_objects(count - 2)]
+    stretch = np.maximum(aspects, 1 / aspects)
+    areas = np.minimum(min_side * stretch, max_side) * np.minimum(min_side, max_side / stretch)
+    return [int(areas.argmax())]

@@ -1,31 +1,69 @@
 """Evaluators: `update(targets, detections)` for every batch, then `compute(gather)` once: a flat dict of floats.
 
-`targets` and `detections` are lists with one dict a picture, boxes of both on the same scale (the loop sees to that).
-Labels count from 0 and background is no class.
+`targets` and `detections` are lists with one dict per image, boxes of both on the same scale, tensors on any device.
+Labels count from 0; background is not a class.
 
 target      boxes [M,4] xyxy, labels [M], ignore bool [M], image_id int
 detection   boxes [N,4] xyxy, labels [N], scores [N]
 both        where masks are scored: `masks`, bool or 0 and 1 [N,H,W] in the file's pixels, or a list of N of COCO's run
             lengths {"size": [h, w], "counts": bytes or str}; the target's `size` (h, w) is the file's
-
-`gather(obj)` returns the list of every process's obj; None means one process. A picture that two processes evaluated
-counts once.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 
 
-def score_truth(evaluator, dataset):
+class Evaluator:
+    """Base class of the evaluators. The methods after `compute` describe what it computed last."""
+
+    _computed: Any = None
+
+    def update(self, targets: Sequence[Mapping], detections: Sequence[Mapping]) -> None:
+        """Add the images of a batch."""
+        raise NotImplementedError
+
+    def compute(self, gather: Callable | None = None) -> dict[str, float]:
+        """Metrics of all images so far, of all processes: the same dict in every process.
+
+        gather   gather(obj) returns the list of every process's obj; None: one process. An image that two processes
+                 evaluated counts once
+        """
+        raise NotImplementedError
+
+    def table(self) -> str:
+        """The metrics as text, for a console."""
+        raise NotImplementedError
+
+    def write(self, folder: Path) -> list[str]:
+        """Write tables and detections into a folder; returns the names of the files."""
+        raise NotImplementedError
+
+    def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Class name -> (precision, recall, scores), float64 [N] each, in descending order of score; {}: no curves."""
+        return {}
+
+    def computed(self) -> Any:
+        """What `compute` has kept; RuntimeError before it."""
+        if self._computed is None:
+            raise RuntimeError("call compute() first")
+        return self._computed
+
+
+def score_ground_truth(evaluator: Evaluator, dataset: Any) -> dict[str, float]:
     """Metrics of the ground truth of `dataset` scored as predictions: 1.0, or evaluator and data do not fit each other.
 
-    evaluator: a fresh one. Reads no picture, so it takes seconds also for a large set. Boxes to be ignored (crowds,
-    groups, difficult ones) are no predictions.
+    evaluator: a new one. Reads no image, so it takes seconds even for a large set. Boxes to ignore (crowds, groups,
+    difficult ones) are no predictions.
     """
     for index in range(len(dataset)):
-        truth = dataset.annotation(index)
-        counts = ~truth["ignore"]
-        found = {"boxes": truth["boxes"][counts], "labels": truth["labels"][counts]}
-        if "masks" in truth:
-            found["masks"] = [mask for mask, counted in zip(truth["masks"], counts.tolist()) if counted]
-        evaluator.update([truth], [{**found, "scores": torch.ones(len(found["labels"]))}])
+        target = dataset.annotation(index)
+        keep = ~target["ignore"]
+        detection = {"boxes": target["boxes"][keep], "labels": target["labels"][keep]}
+        if "masks" in target:
+            detection["masks"] = [mask for mask, kept in zip(target["masks"], keep.tolist()) if kept]
+        evaluator.update([target], [{**detection, "scores": torch.ones(len(detection["labels"]))}])
     return evaluator.compute()

@@ -1,90 +1,87 @@
-"""Accuracy of a classifier over a whole set, with the tables that come from the same answers. B batch, K classes."""
+"""Accuracy of a classifier, per class too, and its confusion matrix. B images of a batch, K classes."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch.nn import functional as F
 
-from evaluation.rows import write_csv
+from evaluation import Evaluator
+from utils import files
 
 TOP = 5
 
 
-class TopK:
-    """The share of pictures whose class is the surest one, `top1`, or among the five surest, `top5`.
+class TopKAccuracy(Evaluator):
+    """The share of images whose class has the highest logit, `top1`, or one of the five highest, `top5`.
 
-    Of equal logits the class with the lower label is the surer one; a logit that is no number is never right. With five
-    classes or fewer top5 is 1.0, no picture at all gives 0.0. Every picture is to be in one process's share only.
+    Of equal logits the lower label comes first; a logit of NaN is never correct. With five classes or fewer top5 is
+    1.0, without images both are 0.0. Each image must be in the share of one process only.
     """
 
-    def __init__(self):
-        self._parts = []  # int32 [3,B] each: label, answer, rank
-        self._all = None
+    def __init__(self, classes: Sequence[str]):
+        self.classes = list(classes)
+        self._batches = []  # int32 [3,B] each: label, prediction, rank of the label
 
-    def update(self, labels, logits):
-        """Adds pictures: labels int64 [B], logits [B,K], on any device."""
+    def update(self, labels: torch.Tensor, logits: torch.Tensor) -> None:
+        """Add the images of a batch: labels int64 [B], logits [B,K], on any device."""
         if labels.shape != logits.shape[:1]:
             raise ValueError(f"labels {list(labels.shape)}, but logits {list(logits.shape)}")
-        labels = labels.to(logits.device)
-        own = logits.gather(1, labels[:, None])  # [B,1]
-        before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]  # [B,K]
-        rank = (~(logits <= own) | ((logits == own) & before)).sum(1)  # surer classes; what is no number is
+        labels = labels.to(logits.device)[:, None]
+        own = logits.gather(1, labels)  # [B,1]
+        lower = torch.arange(logits.shape[1], device=logits.device) < labels  # [B,K]
+        rank = (~(logits <= own) | ((logits == own) & lower)).sum(1)  # classes before the label, those of NaN too
         rank = rank.masked_fill(own.isnan()[:, 0], TOP)
-        self._parts.append(torch.stack([labels, logits.argmax(1), rank]).int().cpu().numpy())
+        self._batches.append(torch.stack([labels[:, 0], logits.argmax(1), rank]).int().cpu().numpy())
 
-    def compute(self, gather=None):
-        """{"top1", "top5"}, 0 to 1, of all pictures so far, of all processes. Every process gets the same answer."""
-        mine = np.concatenate([np.zeros((3, 0), np.int32), *self._parts], axis=1)
-        self._all = np.concatenate(gather(mine) if gather else [mine], axis=1)
-        rank, count = self._all[2], max(1, self._all.shape[1])
+    def compute(self, gather: Callable | None = None) -> dict[str, float]:
+        """{"top1", "top5"}, 0 to 1."""
+        mine = np.concatenate([np.zeros((3, 0), np.int32), *self._batches], axis=1)
+        self._computed = np.concatenate(gather(mine) if gather else [mine], axis=1)
+        rank, count = self._computed[2], max(1, self._computed.shape[1])
         return {"top1": float((rank < 1).sum() / count), "top5": float((rank < TOP).sum() / count)}
 
-    def confusion(self, num_classes):
-        """int64 [K,K]: row the true class, column the answer."""
-        label, answer, _ = self._computed()
-        cells = label.astype(np.int64) * num_classes + answer
-        return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+    def confusion(self) -> np.ndarray:
+        """int64 [K,K]: row the true class, column the predicted one."""
+        label, prediction, _ = self.computed()
+        table = np.zeros((len(self.classes),) * 2, np.int64)
+        np.add.at(table, (label, prediction), 1)
+        return table
 
-    def per_class(self, num_classes):
-        """(pictures int64 [K], top1 [K], top5 [K]) of each true class; NaN where it has no picture."""
-        label, _, rank = self._computed()
-        pictures = np.bincount(label, minlength=num_classes)
-        right = [np.bincount(label[rank < k], minlength=num_classes) for k in (1, TOP)]
-        none = np.full(num_classes, np.nan)
-        return pictures, *(np.divide(hits, pictures, out=none.copy(), where=pictures > 0) for hits in right)
+    def per_class(self) -> list[tuple[str, int, float, float]]:
+        """(class, images, top1, top5) of each true class; the shares are 0.0 where it has no images."""
+        label, _, rank = self.computed()
+        images, *hits = (np.bincount(label[rank < k], minlength=len(self.classes)) for k in (np.inf, 1, TOP))
+        shares = (count / np.maximum(images, 1) for count in hits)
+        return list(zip(self.classes, images, *shares, strict=True))
 
-    def table(self, classes):
-        """Pictures, top1 and top5 of each class that has pictures, and of all, as lines of text for a console."""
-        rows = [row for row in zip(classes, *self.per_class(len(classes)), strict=True) if row[1]]
-        rows.append(("all", self._all.shape[1], *((self._all[2] < k).mean() if rows else 0.0 for k in (1, TOP))))
+    def table(self) -> str:
+        """Images, top1 and top5 of each class that has images, and of all, one per line."""
+        rank = self.computed()[2]
+        rows = [row for row in self.per_class() if row[1]]
+        rows.append(("all", len(rank), *((rank < k).sum() / max(1, len(rank)) for k in (1, TOP))))
         width = max(len(name) for name, *_ in rows)
-        lines = [f"{name:{width}}  {pictures:8}  {top1:.3f}  {top5:.3f}" for name, pictures, top1, top5 in rows]
-        return "\n".join([f"{'':{width}}  pictures   top1   top5", *lines])
+        lines = [f"{name:{width}}  {images:8}  {top1:.3f}  {top5:.3f}" for name, images, top1, top5 in rows]
+        return "\n".join([f"{'':{width}}    images   top1   top5", *lines])
 
-    def write_tables(self, folder, classes):
-        """Writes per_class.csv and confusion.csv into the folder; cells without a value are empty."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [["class", "pictures", "top1", "top5"]]
-        for name, pictures, *shares in zip(classes, *self.per_class(len(classes)), strict=True):
-            rows.append([name, pictures, *(f"{share:.6f}" if pictures else "" for share in shares)])
-        table = self.confusion(len(classes)).tolist()
-        write_csv(folder / "per_class.csv", rows)
-        head = ["truth / answer", *classes]
-        write_csv(folder / "confusion.csv", [head, *([name, *row] for name, row in zip(classes, table, strict=True))])
-
-    def _computed(self):
-        if self._all is None:
-            raise RuntimeError("call compute() first")
-        return self._all
+    def write(self, folder: Path) -> list[str]:
+        """Write per_class.csv, shares without images empty, and confusion.csv; returns the names."""
+        rows = [["class", "images", "top1", "top5"]]
+        for name, images, *shares in self.per_class():
+            rows.append([name, images, *(f"{share:.6f}" if images else "" for share in shares)])
+        table = [[name, *counts] for name, counts in zip(self.classes, self.confusion().tolist(), strict=True)]
+        files.write_csv(Path(folder) / "per_class.csv", rows)
+        files.write_csv(Path(folder) / "confusion.csv", [["truth / answer", *self.classes], *table])
+        return ["per_class.csv", "confusion.csv"]
 
 
-def score_labels(evaluator, labels, num_classes, at_once=256):
-    """Metrics of the labels [N] of a set scored as answers: 1.0, or evaluator and data do not fit each other.
+def score_labels(evaluator: TopKAccuracy, labels: ArrayLike, batch_size: int = 256) -> dict[str, float]:
+    """Metrics of the labels [N] of a data set scored as predictions: 1.0, or evaluator and data do not fit each other.
 
-    evaluator: a fresh TopK.
+    evaluator: a new one.
     """
-    for some in torch.as_tensor(labels, dtype=torch.int64).split(at_once):
-        evaluator.update(some, F.one_hot(some, num_classes).float())
+    for batch in torch.as_tensor(labels, dtype=torch.int64).split(batch_size):
+        evaluator.update(batch, F.one_hot(batch, len(evaluator.classes)).float())
     return evaluator.compute()

@@ -1,244 +1,193 @@
-"""COCO's twelve numbers for boxes, and for masks, by pycocotools, and detections in COCO's results format.
+"""COCO's AP and AR of boxes and masks, computed by pycocotools, and detections in COCO's results format.
 
-pycocotools looks at every pair of a picture and a category and keeps a dict a box. Here it gets one category at a time,
-with the pictures that hold it in truth or detection; the others add nothing. So memory stays bounded where categories
-are many, and the numbers are the same.
+pycocotools visits every pair of an image and a category and keeps a dict per box. Here it gets one category at a time,
+with the images that have it in ground truth or detections; other images add nothing. So memory stays bounded with many
+categories, and the metrics are the same.
 """
 
 import contextlib
-import functools
 import io
-import json
-import math
-import os
-from array import array
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from evaluation.rows import Rows, write_json
-from ops import run_lengths
+from evaluation import Evaluator
+from evaluation.buffers import ImageBuffer, check_batch, structured
+from ops import rle
+from utils import files
+from utils.coco import CocoTruth
 
-# in the order of pycocotools' stats. APs and ARs are means over the IoUs 0.5, 0.55 .. 0.95 unless the name says one;
-# AR_n with n detections a picture and category, all else with 100; small, medium, large: up to 32, 96 pixels a side
+# In the order of pycocotools' stats. AP and AR are means over the IoUs 0.5, 0.55 .. 0.95 unless the name has an IoU.
+# AR_n: with n detections per image and category, the others with 100. small, medium: up to 32, 96 pixels a side
 MEASURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 MEASURES += ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
 MASK_MEASURES = tuple(f"mask {name}" for name in MEASURES)
+OBJECT = [("image", np.int64), ("label", np.int64), ("box", np.float32, 4), ("score", np.float32)]
+OBJECT += [("ignore", np.bool_), ("height", np.int32), ("width", np.int32)]  # height, width: of the mask
+Columns = dict[str, np.ndarray]
 
 
-class COCOEvaluator:
-    """MEASURES over all classes, 0 to 1, or -1 where there is no ground truth box to find, as pycocotools has it.
+class COCOEvaluator(Evaluator):
+    """MEASURES over all classes, 0 to 1, or -1 where there is no ground truth, as in pycocotools.
 
-    classes          names in label order
-    annotation_file  COCO's json. Truth is then what it says, also of crowds and areas, of the pictures that were
-                     evaluated; image_ids [I] and category_ids [K] are the file's ids of `target["image_id"]` and of the
-                     labels, -1 for a class that the file lacks: its detections are left out. Without a file truth is
-                     the targets', boxes to ignore are crowds, image ids stay as they are and category k + 1 is label k
-    masks            detections, and targets where there is no file, have masks: MASK_MEASURES follow
+    classes   names in label order
+    truth     the ground truth as in the COCO file, with its crowds and areas; only images that were evaluated count.
+              Detections of a class that the file does not have are left out. None: the ground truth is that of the
+              targets, boxes to ignore are crowds, image ids stay as they are and category k + 1 is label k
+    masks     detections, and targets without `truth`, have masks: MASK_MEASURES follow
 
-    Boxes and masks are in pixels of the file. No detections at all give 0.0. A true object is as large as its mask
-    where masks are scored, and a detected one as large as its box among boxes and as its mask among masks.
+    Boxes and masks are in pixels of the file. An object is small, medium or large by the area of its mask where masks
+    are scored; a detection by the area of its box for box metrics, of its mask for mask metrics.
     """
 
-    def __init__(self, classes, annotation_file=None, image_ids=None, category_ids=None, masks=False):
-        self.classes, self.annotation_file, self.masks = list(classes), annotation_file, masks
-        self.image_ids = None if image_ids is None else np.asarray(image_ids)
-        ids = range(1, len(self.classes) + 1) if category_ids is None else category_ids
+    def __init__(self, classes: Sequence[str], truth: CocoTruth | None = None, masks: bool = False):
+        self.classes, self.truth, self.masks = list(classes), truth, masks
+        ids = range(1, len(self.classes) + 1) if truth is None else truth.category_ids
         self.category_ids = np.asarray(ids, dtype=np.int64)
-        with_masks = () if not masks else ("found",) if annotation_file else ("truth", "found")
-        self._rows = Rows(len(self.classes), with_masks)
-        self._results = None
+        self._buffer = ImageBuffer(OBJECT, object, OBJECT, object)  # truth, its masks, detections, their masks
 
-    def update(self, targets, detections):
-        """Adds pictures: two lists of dicts of the same length, see `evaluation`. Tensors may lie on any device."""
-        self._rows.add(targets, detections)
+    def update(self, targets: Sequence[Mapping], detections: Sequence[Mapping]) -> None:
+        check_batch(targets, detections, len(self.classes))
+        for target, detection in zip(targets, detections):
+            truth = structured(OBJECT, label=[]), np.zeros(0, object)
+            if self.truth is None:
+                truth = self._rows(target, target, ignore=target["ignore"])
+            self._buffer.add(target["image_id"], *truth, *self._rows(detection, target, score=detection["scores"]))
 
-    def compute(self, gather=None):
-        """Metrics of all pictures so far, of all processes: dict of floats. Every process gets the same answer."""
-        data = self._rows.gathered(gather)
-        images = data["image_id"] if self.image_ids is None else self.image_ids[data["image_id"]]
-        self._results = found = self._as_coco(data, images, "found")
-        found["score"] = data["found_scores"].astype(np.float64)[found.pop("rows")]
-        if self.annotation_file is None:
-            truth = self._as_coco(data, images, "truth")
-            truth["iscrowd"] = data["truth_ignore"].astype(np.int64)[truth.pop("rows")]
-            truth["area"] = areas(truth) if self.masks else truth["bbox"][:, 2:].prod(1)
+    def compute(self, gather: Callable | None = None) -> dict[str, float]:
+        ids, truth, truth_masks, detections, masks = self._buffer.gathered(gather)
+        if self.truth is None:
+            truth = self._columns(truth, truth_masks, ids)
+            truth["area"] = mask_areas(truth) if self.masks else truth["bbox"][:, 2:].prod(1)
         else:
-            truth = read_truth(str(self.annotation_file), os.stat(self.annotation_file).st_mtime_ns, self.masks)
-            truth = chosen(truth, np.isin(truth["image_id"], images))
+            ids, truth = self.truth.image_ids[ids], self.truth.annotations
+            truth = select(truth, np.isin(truth["image_id"], ids))
+        detections = self._columns(detections, masks, ids)
         categories = self.category_ids[self.category_ids >= 0]
-        metrics = dict(zip(MEASURES, twelve(truth, found, categories)))
+        metrics = dict(zip(MEASURES, coco_stats(truth, detections, categories, "bbox")))
         if self.masks:
-            metrics |= dict(zip(MASK_MEASURES, twelve(truth, found, categories, "segm")))
+            metrics |= dict(zip(MASK_MEASURES, coco_stats(truth, detections, categories, "segm")))
+        self._computed = detections, metrics
         return metrics
 
-    def write(self, path):
-        """Writes the detections that `compute` scored as COCO's results json: a whole file or none. Masks go beside it,
-        detections_masks.json beside detections.json: where a box stands too, pycocotools takes its area for the
-        mask's."""
-        if self._results is None:
-            raise RuntimeError("call compute() first")
-        about = {name: self._results[name] for name in ("image_id", "category_id")}
-        write_json(path, as_dicts(about | {name: self._results[name] for name in ("bbox", "score")}))
-        if self.masks:
-            rows = as_dicts(about | {"score": self._results["score"]})
-            for row, runs in zip(rows, segmentations(self._results), strict=True):
-                row["segmentation"] = {**runs, "counts": runs["counts"].decode()}
-            path = Path(path)
-            write_json(path.with_stem(f"{path.stem}_masks"), rows)
+    def write(self, folder: Path) -> list[str]:
+        """Write the detections in COCO's results format, detections.json; returns the names of the files.
 
-    def _as_coco(self, data, images, prefix):
-        """COCO's columns of truth or detections, less those of classes that the file lacks; `rows` of `data`. Masks are
-        `counts`, `height` and `width`."""
-        categories = self.category_ids[data[f"{prefix}_labels"]]
-        rows = np.flatnonzero(categories >= 0)
-        low, high = np.split(data[f"{prefix}_boxes"][rows].astype(np.float64), 2, axis=1)
-        image = data[f"{prefix}_image"][rows]
-        columns = {"image_id": images[image], "category_id": categories[rows], "rows": rows}
-        columns["bbox"] = np.concatenate([low, high - low], axis=1)
+        Masks go into a file of their own, detections_masks.json: where a result has a box too, pycocotools takes the
+        area of the box for that of the mask.
+        """
+        detections, _ = self.computed()
+        boxes = as_dicts({name: detections[name] for name in ("image_id", "category_id", "bbox", "score")})
+        files.write_json(Path(folder) / "detections.json", boxes)
+        if not self.masks:
+            return ["detections.json"]
+        rows = as_dicts({name: detections[name] for name in ("image_id", "category_id", "score")})
+        for row, mask in zip(rows, segmentations(detections), strict=True):
+            row["segmentation"] = {**mask, "counts": mask["counts"].decode()}
+        files.write_json(Path(folder) / "detections_masks.json", rows)
+        return ["detections.json", "detections_masks.json"]
+
+    def table(self) -> str:
+        """AP and AP50 on one line."""
+        _, metrics = self.computed()
+        names = ["AP", "AP50", *["mask AP", "mask AP50"] * self.masks]
+        return "COCO: " + ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
+
+    def _rows(self, objects, target, **fields):
+        """(rows OBJECT, masks as run lengths) of a target or of detections."""
+        masks = np.zeros(0, object)
         if self.masks:
-            columns |= {"counts": data[f"{prefix}_masks"][rows], "height": data["height"][image]}
-            columns["width"] = data["width"][image]
+            masks, (height, width) = run_lengths(objects["masks"], tuple(target["size"])), target["size"]
+            fields |= {"height": np.full(len(masks), height), "width": np.full(len(masks), width)}
+        return structured(OBJECT, label=objects["labels"], box=objects["boxes"], **fields), masks
+
+    def _columns(self, rows, masks, image_ids):
+        """COCO's columns of the rows whose class the file has."""
+        category = self.category_ids[rows["label"]]
+        known = category >= 0
+        rows = rows[known]
+        low, high = np.split(rows["box"].astype(np.float64), 2, axis=1)
+        columns = {"image_id": image_ids[rows["image"]], "category_id": category[known]}
+        columns |= {"bbox": np.concatenate([low, high - low], axis=1), "score": rows["score"].astype(np.float64)}
+        columns["iscrowd"] = rows["ignore"].astype(np.int64)
+        if self.masks:
+            columns |= {"counts": masks[known], "height": rows["height"], "width": rows["width"]}
         return columns
 
 
-@functools.lru_cache(maxsize=1)  # every validation of a run asks for the same file
-def read_truth(path, changed, masks=False):
-    """Columns of an annotation file: image_id, category_id, bbox [M,4] x, y, w, h, area, iscrowd. changed: its time.
-
-    Left out is what data.coco leaves out, rows without ids, without area or outside of their picture: no detection can
-    find them. masks: also counts, height and width, and rows without a valid segmentation are left out too.
-    """
-    with open(path, encoding="utf-8-sig") as file:
-        content = json.load(file, object_pairs_hook=packed if masks else without_outlines)
-    size_of = sizes_of(content.get("images", ()))
-    rows = [row for row in content["annotations"] if is_object(row, size_of)]
-    if masks:
-        sizes = [size_of.get(row["image_id"], (0, 0)) for row in rows]
-        outlines = [outline(row.get("segmentation"), size) for row, size in zip(rows, sizes, strict=True)]
-        whole = [index for index, counts in enumerate(outlines) if counts is not None]
-        rows, sizes = [rows[index] for index in whole], [sizes[index] for index in whole]
-    bbox = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
-    columns = {name: np.array([row[name] for row in rows], dtype=np.int64) for name in ("image_id", "category_id")}
-    columns["iscrowd"] = np.array([row.get("iscrowd") == 1 for row in rows], dtype=np.int64)
-    area = [row["area"] if is_size(row.get("area")) else w * h for row, (_, _, w, h) in zip(rows, bbox.tolist())]
-    columns |= {"bbox": bbox, "area": np.array(area, dtype=np.float64)}
-    if masks:
-        columns["height"], columns["width"] = np.array(sizes, dtype=np.int32).reshape(-1, 2).T
-        columns["counts"] = np.empty(len(rows), dtype=object)
-        columns["counts"][:] = [outlines[index] for index in whole]
-    return columns
+def run_lengths(masks: torch.Tensor | np.ndarray | list[Mapping], size: tuple[int, int]) -> np.ndarray:
+    """The bytes of run lengths of masks in either form, see `evaluation`; ValueError if `size` is not their size."""
+    if isinstance(masks, list):
+        sizes = {tuple(mask["size"]) for mask in masks}
+        runs = [mask["counts"] for mask in masks]
+        runs = [counts.encode() if isinstance(counts, str) else counts for counts in runs]
+    else:
+        sizes, runs = {tuple(masks.shape[-2:])}, rle.encode(masks)
+    if sizes - {size}:
+        raise ValueError(f"masks of h, w {(sizes - {size}).pop()}, but the file has {size}")
+    array = np.empty(len(runs), dtype=object)
+    array[:] = runs
+    return array
 
 
-def sizes_of(images):
-    """COCO's id -> (h, w) of the pictures that have both; of an id that comes twice the first."""
-    sizes = {}
-    for image in images:
-        size = image.get("height"), image.get("width")
-        if is_whole(image.get("id")) and all(isinstance(side, int | float) and 1 <= side < 1 << 31 for side in size):
-            sizes.setdefault(image["id"], tuple(map(int, size)))
-    return sizes
-
-
-def is_whole(value):
-    return isinstance(value, int) and -(1 << 63) <= value < 1 << 63
-
-
-def is_size(value):
-    return isinstance(value, int | float) and 0 <= value < 1 << 63
-
-
-def is_object(row, size_of):
-    """Does the row of an annotation file have ids, and a box with area in its picture where that has a size?"""
-    box = row.get("bbox")
-    if not (is_whole(row.get("image_id")) and is_whole(row.get("category_id")) and isinstance(box, list)):
-        return False
-    try:
-        finite = all(map(math.isfinite, box))
-    except (TypeError, OverflowError):
-        return False
-    if not finite or len(box) != 4 or box[2] <= 0 or box[3] <= 0:
-        return False
-    height, width = size_of.get(row["image_id"], (math.inf, math.inf))
-    x, y = max(0.0, box[0]), max(0.0, box[1])
-    x1, y1, x2, y2 = array("f", (x, y, min(box[0] + box[2], width), min(box[1] + box[3], height)))  # as data keeps them
-    return x2 > x1 and y2 > y1
-
-
-def packed(pairs):
-    """A JSON object whose outlines, nine tenths of COCO, are packed as soon as they are read."""
-    return {key: run_lengths.compact(value) if key == "segmentation" else value for key, value in pairs}
-
-
-def without_outlines(pairs):
-    """A JSON object without outlines."""
-    return {key: value for key, value in pairs if key != "segmentation"}
-
-
-def outline(segmentation, size):
-    """Run lengths of a `segmentation` as bytes, or None where it is not valid."""
-    try:
-        return run_lengths.from_coco(segmentation, size)
-    except ValueError:
-        return None
-
-
-def segmentations(columns):
-    """Masks as pycocotools takes them, a list of dicts."""
+def segmentations(columns: Columns) -> list[dict]:
+    """Masks in the form that pycocotools reads."""
     sizes = zip(columns["height"].tolist(), columns["width"].tolist(), strict=True)
-    return [run_lengths.as_coco(counts, size) for counts, size in zip(columns["counts"], sizes, strict=True)]
+    return [rle.as_coco(counts, size) for counts, size in zip(columns["counts"], sizes, strict=True)]
 
 
-def areas(columns):
+def mask_areas(columns: Columns) -> np.ndarray:
     """float64 [M], pixels of each mask."""
-    return np.array([coco_masks.area(runs) for runs in segmentations(columns)], dtype=np.float64)
+    return np.array([coco_masks.area(mask) for mask in segmentations(columns)], dtype=np.float64)
 
 
-def chosen(columns, rows):
-    """The columns at `rows`, an index or a mask."""
+def select(columns: Columns, rows: np.ndarray) -> Columns:
+    """The columns at `rows`, indices or a mask."""
     return {name: column[rows] for name, column in columns.items()}
 
 
-def as_dicts(columns):
-    """A list of dicts of plain values, one a row."""
+def as_dicts(columns: Columns) -> list[dict]:
+    """One dict of plain values per row."""
     return [dict(zip(columns, row)) for row in zip(*(column.tolist() for column in columns.values()))]
 
 
-def twelve(truth, found, category_ids, kind="bbox"):
-    """pycocotools' stats, 12 floats, of two dicts of columns; kind: bbox or segm."""
-    scorer = None
+def coco_stats(truth: Columns, detections: Columns, category_ids: np.ndarray, kind: str) -> list[float]:
+    """pycocotools' twelve stats; kind: bbox or segm."""
+    categories = np.intersect1d(category_ids, truth["category_id"])  # the others have no AP
+    if not len(categories):
+        return [-1.0] * len(MEASURES)
     precision, recall = [], []
-    for category in np.intersect1d(category_ids, truth["category_id"]):  # the others have no AP
-        some = [chosen(columns, columns["category_id"] == category) for columns in (truth, found)]
-        scorer = scored(*some, category, kind)
+    for category in categories:
+        parts = [select(columns, columns["category_id"] == category) for columns in (truth, detections)]
+        scorer = accumulate(*parts, int(category), kind)
         precision.append(scorer.eval["precision"])
         recall.append(scorer.eval["recall"])
-    if scorer is None:
-        return [-1.0] * len(MEASURES)
     scorer.eval = {"precision": np.concatenate(precision, axis=2), "recall": np.concatenate(recall, axis=1)}
     with contextlib.redirect_stdout(io.StringIO()):
         scorer.summarize()
     return [float(value) for value in scorer.stats]
 
 
-def scored(truth, found, category, kind):
-    """pycocotools' COCOeval after `accumulate` for the boxes or masks of one category."""
-    images = np.union1d(truth["image_id"], found["image_id"]).tolist()
-    found = found | {"area": areas(found) if kind == "segm" else found["bbox"][:, 2:].prod(1)}
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every turn
-        sets = [COCO(), COCO()]
-        for coco, columns in zip(sets, (truth, found), strict=True):
+def accumulate(truth: Columns, detections: Columns, category: int, kind: str) -> COCOeval:
+    """pycocotools' COCOeval of one category, after its `accumulate`."""
+    image_ids = np.union1d(truth["image_id"], detections["image_id"]).tolist()
+    area = mask_areas(detections) if kind == "segm" else detections["bbox"][:, 2:].prod(1)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        sets = COCO(), COCO()
+        for coco, columns in zip(sets, (truth, detections | {"area": area})):
             rows = as_dicts(columns)
-            for number, row in enumerate(rows, 1):  # pycocotools takes id 0 for "no box"
+            for number, row in enumerate(rows, start=1):  # pycocotools takes the id 0 for "not matched"
                 row["id"] = number
-            for row, runs in zip(rows, segmentations(columns) if kind == "segm" else ()):
-                row["segmentation"] = runs
-            # it asks for a picture's size before it sees that a mask needs none
-            coco.dataset = {"images": [{"id": image, "height": 0, "width": 0} for image in images], "annotations": rows}
-            coco.dataset["categories"] = [{"id": int(category)}]
+            for row, mask in zip(rows, segmentations(columns) if kind == "segm" else ()):
+                row["segmentation"] = mask
+            # pycocotools reads the size of an image even where the mask is encoded and needs none
+            images = [{"id": image_id, "height": 0, "width": 0} for image_id in image_ids]
+            coco.dataset = {"images": images, "annotations": rows, "categories": [{"id": category}]}
             coco.createIndex()
         scorer = COCOeval(*sets, kind)
         scorer.evaluate()

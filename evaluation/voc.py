@@ -1,24 +1,34 @@
-"""Average precision by the rules of Pascal VOC, with the tables and curves that come from the same matches.
+"""Average precision by the rules of Pascal VOC, precision-recall curves and a confusion matrix.
 
-The rules: a detection, taken in falling score, belongs to the box of its class and picture with the highest IoU. Below
-the threshold it is a false positive; else, if that box is to be ignored (difficult, group, crowd), it does not count at
-all; else it is a true positive if it is the first one there, and a false positive if not. Equal scores keep the order
-of image_id, then of the detections in the picture. IoU is that of continuous boxes (no + 1), in float64.
+The rules: each detection is assigned to the ground truth box with the highest IoU among those of its class in its
+image. Below the threshold it is a false positive. Else, if that box is to be ignored (difficult, group, crowd), the
+detection does not count at all. Else it is a true positive if no detection of a higher score is assigned to that box,
+and a false positive if one is. Equal scores keep the order of image_id, then of the detections in the image. IoU is
+that of continuous boxes (no + 1), in float64.
 """
 
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from evaluation.rows import Rows, ragged, write_csv
+from evaluation import Evaluator
+from evaluation.buffers import ImageBuffer, check_batch, structured, to_numpy
+from utils import files
 
-PAIRS_AT_ONCE = 1 << 20  # bounds the memory of the IoU step: about 200 MB
+FALSE, TRUE, IGNORED, BACKGROUND = 0, 1, -1, -2
+# outcome: FALSE, TRUE or IGNORED. matched_score, matched_label: of the other one of a pair in the confusion matrix;
+# -inf for a box that was not detected, BACKGROUND for a detection without a box, IGNORED for one of a box to ignore
+TRUTH = [("image", np.int64), ("label", np.int32), ("ignore", np.bool_), ("matched_score", np.float32)]
+DETECTION = [("image", np.int64), ("label", np.int32), ("score", np.float32), ("outcome", np.int8)]
+DETECTION += [("matched_label", np.int32)]
 
 
 @dataclass
 class ClassResult:
-    """One class after matching. N detections that count (neutral ones are gone), in falling score."""
+    """One class after matching: N detections in descending order of score, without those that do not count."""
 
     name: str
     positives: int  # ground truth boxes that count
@@ -29,245 +39,175 @@ class ClassResult:
         self.true_count = np.cumsum(self.true)
         self.precision = self.true_count / np.arange(1, len(self.true) + 1)  # float64 [N]
         self.recall = self.true_count / max(self.positives, 1)
-        # the best precision at this recall or a higher one
+        # the highest precision at this recall or a higher one
         self.envelope = np.maximum.accumulate(self.precision[::-1])[::-1]
 
-    def average_precision(self):
+    def average_precision(self) -> float:
         """Area under the envelope, 0 to 1. Recall rises by 1 / positives at each true positive and nowhere else."""
         return float(self.envelope[self.true].sum() / self.positives)
 
-    def average_precision_11(self):
-        """Mean of the envelope at recall 0, 0.1 .. 1, 0 where it is not reached (VOC2007)."""
+    def average_precision_11(self) -> float:
+        """Mean of the envelope at recall 0, 0.1 .. 1, and 0 where it is not reached (VOC2007)."""
         levels = np.arange(11) * self.positives  # recall >= k / 10 in whole numbers: 3 of 10 does reach 0.3
-        at = np.searchsorted(10 * self.true_count, levels)
-        return float(np.append(self.envelope, 0.0)[at].sum() / 11)
+        first = np.searchsorted(10 * self.true_count, levels)
+        return float(np.append(self.envelope, 0.0)[first].sum() / 11)
 
-    def best_f1(self):
-        """(score threshold, precision, recall) where F1 is highest; a threshold keeps all detections of equal score."""
-        ends = np.flatnonzero(np.append(self.scores[1:] != self.scores[:-1], True)) if len(self.scores) else []
-        if len(ends) == 0:
+    def best_f1(self) -> tuple[float, float, float] | None:
+        """(score threshold, precision, recall) where F1 is highest; None without detections."""
+        if not len(self.scores):
             return None
+        ends = np.flatnonzero(np.append(self.scores[1:] != self.scores[:-1], True))  # a threshold keeps equal scores
         f1 = 2 * self.true_count[ends] / (ends + 1 + self.positives)
         best = ends[int(np.argmax(f1))]
         return float(self.scores[best]), float(self.precision[best]), float(self.recall[best])
 
 
-class VOCEvaluator:
+class VOCEvaluator(Evaluator):
     """Mean AP at one IoU threshold.
 
-    compute() returns `mAP` (area form, every point), `mAP_11point` (VOC2007) and, for each class, `AP/NAME` and
-    `AP_11point/NAME`. A class without a ground truth box that counts has no AP: it is left out of the dict and of the
-    means. No class at all gives 0.0, as do no detections: there is never a NaN.
+    compute() returns `mAP` (area under the curve), `mAP_11point` (VOC2007) and, for each class, `AP/NAME` and
+    `AP_11point/NAME`. A class without a ground truth box that counts has no AP: it is not in the dict and not in the
+    means. The means are 0.0 without any such class, and never NaN.
     """
 
-    def __init__(self, classes, iou=0.5):
-        self.classes = list(classes)
-        self.iou = iou
-        self._rows = Rows(len(self.classes))
-        self._data = self._results = None
+    def __init__(self, classes: Sequence[str], iou: float = 0.5):
+        self.classes, self.iou = list(classes), iou
+        self._buffer = ImageBuffer(TRUTH, DETECTION)
 
-    def update(self, targets, detections):
-        """Adds pictures: two lists of dicts of the same length, see `evaluation`. Tensors may lie on any device."""
-        self._rows.add(targets, detections)
+    def update(self, targets: Sequence[Mapping], detections: Sequence[Mapping]) -> None:
+        check_batch(targets, detections, len(self.classes))
+        for target, detection in zip(targets, detections):
+            truth = structured(TRUTH, label=target["labels"], ignore=target["ignore"])
+            found = structured(DETECTION, label=detection["labels"], score=detection["scores"])
+            iou = pairwise_iou(to_numpy(detection["boxes"]), to_numpy(target["boxes"]))
+            match_by_class(truth, found, iou, self.iou)
+            match_any_class(truth, found, iou, self.iou)
+            self._buffer.add(target["image_id"], truth, found)
 
-    def compute(self, gather=None):
-        """Metrics of all pictures so far, of all processes: dict of floats. Every process gets the same answer."""
-        self._data = data = self._rows.gathered(gather)
-        state = match(data, len(self.classes), self.iou)
-        self._results = results = by_class(data, state, self.classes)
+    def compute(self, gather: Callable | None = None) -> dict[str, float]:
+        _, truth, detections = self._buffer.gathered(gather)
+        results = class_results(truth, detections, self.classes)
+        self._computed = truth, detections, results
         scored = [result for result in results if result.positives]
         area = {f"AP/{result.name}": result.average_precision() for result in scored}
         points = {f"AP_11point/{result.name}": result.average_precision_11() for result in scored}
-        means = {"mAP": mean(area.values()), "mAP_11point": mean(points.values())}
-        return {**means, **area, **points}
+        return {"mAP": mean(area.values()), "mAP_11point": mean(points.values()), **area, **points}
 
-    def curves(self):
-        """{class name: (precision, recall, scores)}, float64 [N] each, in falling score; classes with ground truth."""
-        return {r.name: (r.precision, r.recall, r.scores) for r in self._computed() if r.positives}
+    def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of the classes with ground truth, see Evaluator."""
+        results = self.computed()[-1]
+        return {result.name: (result.precision, result.recall, result.scores) for result in results if result.positives}
 
-    def confusion(self, score=0.5):
+    def confusion(self, score: float = 0.5) -> np.ndarray:
         """int64 [K+1,K+1]: row the true class, column the detected one, background last in both.
 
-        Detections of at least `score`, in falling score, each take the free box of their picture with the highest IoU,
-        of whatever class, if it reaches the threshold (at equal IoU one of their own class first). A box to be ignored
-        stays free; neither it nor the detections that take it are counted.
+        Detections of at least `score`, in descending order of score, are each paired with the free box of any class in
+        their image that has the highest IoU, if it reaches the threshold (at equal IoU one of their own class first). A
+        box to ignore stays free; neither it nor the detections paired with it are counted.
         """
-        self._computed()
-        data, background = self._data, len(self.classes)
-        matched = match_any_class(data, score, self.iou)  # [detections]: truth row, NOTHING or BELOW_SCORE
-        free = np.ones(len(data["truth_labels"]), bool)
-        free[matched[matched >= 0]] = False
-        free &= ~data["truth_ignore"]
-        hit, alone = np.flatnonzero(matched >= 0), np.flatnonzero(matched == NOTHING)
-        hit = hit[~data["truth_ignore"][matched[hit]]]
-        rows = [data["truth_labels"][matched[hit]], data["truth_labels"][free], np.full(len(alone), background)]
-        columns = [data["found_labels"][hit], np.full(free.sum(), background), data["found_labels"][alone]]
-        cells = np.concatenate(rows).astype(np.int64) * (background + 1) + np.concatenate(columns)
-        return np.bincount(cells, minlength=(background + 1) ** 2).reshape(background + 1, background + 1)
+        truth, detections, _ = self.computed()
+        detections = detections[(detections["score"] >= score) & (detections["matched_label"] != IGNORED)]
+        missed = truth[~truth["ignore"] & ~(truth["matched_score"] >= score)]
+        table = np.zeros((len(self.classes) + 1,) * 2, np.int64)
+        rows = np.where(detections["matched_label"] == BACKGROUND, len(self.classes), detections["matched_label"])
+        np.add.at(table, (rows, detections["label"]), 1)
+        np.add.at(table, (missed["label"], len(self.classes)), 1)
+        return table
 
-    def table(self):
-        """The AP of each class and their mean as lines of text, for a console."""
-        results = [result for result in self._computed() if result.positives]
+    def table(self) -> str:
+        """The AP of each class and their mean, one per line."""
+        results = [result for result in self.computed()[-1] if result.positives]
         width = max([4, *(len(result.name) for result in results)])
         rows = [(r.name, r.positives, r.average_precision(), r.average_precision_11()) for r in results]
-        rows.append(("mean", sum(r[1] for r in rows), mean(r[2] for r in rows), mean(r[3] for r in rows)))
+        rows.append(("mean", sum(row[1] for row in rows), mean(row[2] for row in rows), mean(row[3] for row in rows)))
         lines = [f"{name:{width}}  {boxes:6}  {area:.3f}  {points:.3f}" for name, boxes, area, points in rows]
         if not any(len(result.true) for result in results):
-            lines.append("no detection at all: train longer, or look at the learning rate and the pictures")
+            lines.append("no detections: train longer, or check the learning rate and the images")
         return "\n".join([f"{'':{width}}   boxes     AP  11-point", *lines])
 
-    def write_tables(self, folder, score=0.5):
-        """Writes per_class.csv and confusion.csv (at `score`) into the folder; cells without a value are empty."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def write(self, folder: Path, score: float = 0.5) -> list[str]:
+        """Write per_class.csv and confusion.csv (at `score`), cells without a value empty; returns the names."""
         head = ["class", "ground_truth_boxes", "detections", "AP", "AP_11point", "best_F1_threshold"]
         rows = [[*head, "precision_there", "recall_there"]]
-        for result in self._computed():
-            row = [result.name, result.positives, len(result.true)]
+        for result in self.computed()[-1]:
+            values = []
             if result.positives:
-                best = result.best_f1() or ()
-                values = [result.average_precision(), result.average_precision_11(), *best]
-                row += [f"{value:.6f}" for value in values]
+                values = [result.average_precision(), result.average_precision_11(), *(result.best_f1() or ())]
+            row = [result.name, result.positives, len(result.true), *(f"{value:.6f}" for value in values)]
             rows.append(row + [""] * (len(rows[0]) - len(row)))
+        files.write_csv(Path(folder) / "per_class.csv", rows)
         names = [*self.classes, "background"]
-        table = self.confusion(score).tolist()
-        write_csv(folder / "per_class.csv", rows)
-        write_csv(
-            folder / "confusion.csv",
-            [["truth / detection", *names], *([n, *r] for n, r in zip(names, table, strict=True))],
-        )
-
-    def _computed(self):
-        if self._results is None:
-            raise RuntimeError("call compute() first")
-        return self._results
+        table = [[name, *counts] for name, counts in zip(names, self.confusion(score).tolist(), strict=True)]
+        files.write_csv(Path(folder) / "confusion.csv", [["truth / detection", *names], *table])
+        return ["per_class.csv", "confusion.csv"]
 
 
-# ---- pairs of boxes: M ground truth boxes, N detections of all pictures end to end ----
-
-
-def iou_rows(a, b):
-    """IoU of the boxes a[i] and b[i], xyxy [P,4] each: float64 [P]. 0 for boxes without area or with NaN."""
-    a, b = a.astype(np.float64).T, b.astype(np.float64).T
-    w = np.minimum(a[2], b[2]) - np.maximum(a[0], b[0])
-    h = np.minimum(a[3], b[3]) - np.maximum(a[1], b[1])
-    common = np.clip(w, 0, None) * np.clip(h, 0, None)
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common
+def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of boxes xyxy [N,4] and [M,4]: float64 [N,M]. 0 for boxes without area or with NaN."""
+    ax1, ay1, ax2, ay2 = a.reshape(-1, 4).astype(np.float64).T[:, :, None]  # [N,1] each
+    bx1, by1, bx2, by2 = b.reshape(-1, 4).astype(np.float64).T  # [M] each
+    width = np.minimum(ax2, bx2) - np.maximum(ax1, bx1)  # [N,M]
+    height = np.minimum(ay2, by2) - np.maximum(ay1, by1)
+    common = np.clip(width, 0, None) * np.clip(height, 0, None)
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - common
     return np.divide(common, union, out=np.zeros_like(common), where=(union > 0) & (common > 0))
 
 
-def pairs(data, found, found_key, truth_key):
-    """Yields (detections [P], truths [P], IoU [P]): all pairs with the same key, for the detections with index `found`.
+def match_by_class(truth: np.ndarray, detections: np.ndarray, iou: np.ndarray, threshold: float) -> None:
+    """Set the outcome of each detection of an image by VOC's rules. iou [N,M] of detections and truth."""
+    if not len(truth):
+        return
+    iou = np.where(detections["label"][:, None] == truth["label"], iou, -1.0)
+    best = iou.argmax(1)  # [N], of equal ones the first
+    reached = iou.max(1) >= threshold
+    ignored = reached & truth["ignore"][best]
+    order = by_score(detections)
+    order = order[(reached & ~ignored)[order]]
+    _, first = np.unique(best[order], return_index=True)  # the first detection of each box
+    detections["outcome"][order[first]] = TRUE
+    detections["outcome"][ignored] = IGNORED
 
-    Pairs of one detection stay together, in the order of `found`, truths in the order of their rows.
+
+def match_any_class(truth: np.ndarray, detections: np.ndarray, iou: np.ndarray, threshold: float) -> None:
+    """Set `matched_score` and `matched_label` of an image, see VOCEvaluator.confusion. iou [N,M].
+
+    Detections below a score come after those above it and so change nothing for them: one matching serves every score.
     """
-    by_key = np.argsort(truth_key, kind="stable")
-    sorted_key = truth_key[by_key]
-    starts = np.searchsorted(sorted_key, found_key[found])
-    counts = np.searchsorted(sorted_key, found_key[found], side="right") - starts
-    found, starts, counts = (array[counts > 0] for array in (found, starts, counts))
-    ends = np.cumsum(counts)
-    begin = 0
-    while begin < len(found):
-        done = ends[begin - 1] if begin else 0
-        stop = max(begin + 1, int(np.searchsorted(ends, done + PAIRS_AT_ONCE, side="right")))
-        detections = np.repeat(found[begin:stop], counts[begin:stop])
-        truths = by_key[ragged(starts[begin:stop], counts[begin:stop])]
-        yield detections, truths, iou_rows(data["found_boxes"][detections], data["truth_boxes"][truths])
-        begin = stop
+    truth["matched_score"], detections["matched_label"] = -np.inf, BACKGROUND
+    near = iou >= threshold
+    order = by_score(detections)
+    for row in order[near[order].any(1)]:
+        free = np.flatnonzero(near[row] & (truth["matched_score"] == -np.inf))
+        if not len(free):
+            continue
+        other_class = truth["label"][free] != detections["label"][row]
+        best = free[np.lexsort((truth["ignore"][free], other_class, -iou[row, free]))[0]]
+        if truth["ignore"][best]:
+            detections["matched_label"][row] = IGNORED
+        else:
+            detections["matched_label"][row] = truth["label"][best]
+            truth["matched_score"][best] = detections["score"][row]
 
 
-def run_starts(values):
-    """Indices where a run of equal neighbours begins."""
-    return np.flatnonzero(np.append(True, values[1:] != values[:-1])) if len(values) else np.zeros(0, np.int64)
+def by_score(detections: np.ndarray) -> np.ndarray:
+    """Indices of the detections in descending order of score; equal scores keep their order."""
+    return np.argsort(-detections["score"], kind="stable")
 
 
-def falling(data):
-    """Order of the detections by falling score; equal ones by image, then by their place in it."""
-    return np.argsort(-data["found_scores"], kind="stable")
-
-
-# ---- matching ----
-
-TRUE, FALSE, NEUTRAL = 1, 0, -1  # what became of a detection
-NOTHING, BELOW_SCORE = -1, -2  # in place of the row of a matched truth
-
-
-def match(data, num_classes, threshold):
-    """int8 [N]: TRUE, FALSE or NEUTRAL for every detection."""
-    best = np.full(len(data["found_labels"]), NOTHING)  # row of the truth with the highest IoU, if that is enough
-    found_key = data["found_image"] * num_classes + data["found_labels"]
-    truth_key = data["truth_image"] * num_classes + data["truth_labels"]
-    for detections, truths, iou in pairs(data, np.arange(len(best)), found_key, truth_key):
-        starts = run_starts(detections)
-        highest = np.maximum.reduceat(iou, starts)
-        at = np.flatnonzero(iou == np.repeat(highest, np.diff(np.append(starts, len(iou)))))
-        at = at[run_starts(detections[at])]  # of several equal ones the first
-        at = at[iou[at] >= threshold]
-        best[detections[at]] = truths[at]
-    state = np.full(len(best), FALSE, np.int8)
-    hit = best != NOTHING
-    neutral = np.flatnonzero(hit)
-    neutral = neutral[data["truth_ignore"][best[neutral]]]
-    state[neutral] = NEUTRAL
-    order = falling(data)
-    order = order[hit[order] & (state[order] != NEUTRAL)]
-    _, first = np.unique(best[order], return_index=True)
-    state[order[first]] = TRUE
-    return state
-
-
-def match_any_class(data, score, threshold):
-    """int64 [N]: the row of the truth that each detection takes, NOTHING or BELOW_SCORE; see VOCEvaluator.confusion."""
-    matched = np.where(data["found_scores"] >= score, NOTHING, BELOW_SCORE)
-    order = falling(data)
-    order = order[matched[order] == NOTHING]
-    close = [[], [], []]
-    for part in pairs(data, order, data["found_image"], data["truth_image"]):
-        near = part[2] >= threshold
-        for kept, values in zip(close, part, strict=True):
-            kept.append(values[near])
-    if not close[0]:
-        return matched
-    detections, truths, iou = (np.concatenate(values) for values in close)
-    # turn: how many detections of the same picture come before this one; one turn of all pictures is one step
-    rank = np.empty(len(matched), np.int64)
-    rank[order] = np.arange(len(order))
-    ignored, other = data["truth_ignore"][truths], data["truth_labels"][truths] != data["found_labels"][detections]
-    sort = np.lexsort((truths, ignored, other, -iou, rank[detections], data["found_image"][detections]))
-    detections, truths, ignored = detections[sort], truths[sort], ignored[sort]
-    image = data["found_image"][detections]
-    new = np.zeros(len(detections), np.int64)
-    new[run_starts(detections)] = 1
-    count = np.cumsum(new)
-    first_of_image = run_starts(image)
-    turn = count - np.repeat(count[first_of_image], np.diff(np.append(first_of_image, len(image))))
-    by_turn = np.argsort(turn, kind="stable")
-    taken = np.zeros(len(data["truth_labels"]), bool)
-    for rows in np.split(by_turn, run_starts(turn[by_turn])[1:]):
-        rows = rows[~taken[truths[rows]]]
-        rows = rows[run_starts(detections[rows])]
-        matched[detections[rows]] = truths[rows]
-        taken[truths[rows[~ignored[rows]]]] = True
-    return matched
-
-
-def by_class(data, state, classes):
-    """List of ClassResult, one a class."""
-    order = falling(data)
-    order = order[state[order] != NEUTRAL]
-    order = order[np.argsort(data["found_labels"][order], kind="stable")]
-    edges = np.searchsorted(data["found_labels"][order], np.arange(len(classes) + 1))
-    counted = data["truth_labels"][~data["truth_ignore"]]
-    positives = np.bincount(counted, minlength=len(classes))
+def class_results(truth: np.ndarray, detections: np.ndarray, classes: Sequence[str]) -> list[ClassResult]:
+    """One ClassResult per class."""
+    detections = detections[by_score(detections)]
+    detections = detections[detections["outcome"] != IGNORED]
+    detections = detections[np.argsort(detections["label"], kind="stable")]
+    edges = np.searchsorted(detections["label"], np.arange(len(classes) + 1))
+    positives = np.bincount(truth["label"][~truth["ignore"]], minlength=len(classes)).tolist()
     results = []
-    for label, name in enumerate(classes):
-        rows = order[edges[label] : edges[label + 1]]
-        scores = data["found_scores"][rows].astype(np.float64)
-        results.append(ClassResult(name, int(positives[label]), state[rows] == TRUE, scores))
+    for name, count, (start, end) in zip(classes, positives, itertools.pairwise(edges), strict=True):
+        rows = detections[start:end]
+        results.append(ClassResult(name, count, rows["outcome"] == TRUE, rows["score"].astype(np.float64)))
     return results
 
 
-def mean(values):
+def mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values) if values else 0.0

@@ -1,1 +1,1 @@
-"""One criterion a detector: network outputs, anchors and targets in, a dict of scalars out."""
+"""One criterion per detector: network outputs and matched targets in, a dict of scalars out."""

@@ -1,68 +1,80 @@
-"""Networks by name: a network maps a batch of images to raw outputs and knows no target.
+"""Networks by name. A network maps a batch of images to raw outputs; it never sees targets.
 
-Every network has `name`, `num_classes`, `arguments` (`build(name, num_classes, **arguments)` makes it again),
-`image_mean` and `image_std` (three numbers each, on the 0..255 scale, in RGB or, where `channels` is "bgr", in BGR).
+Every network has `name`, `num_classes` and `arguments`, from which `build(name, num_classes, **arguments)` makes it
+again, and `image_mean` and `image_std`, three numbers each on the 0..255 scale, RGB (CenterFusion: BGR).
 """
 
 import inspect
+from pathlib import Path
 
-from models import backbones, centerfusion, maskrcnn, published, retinanet, ssd
-from models.errors import WeightsError
+from torch import nn
 
-__all__ = ["ARCHITECTURES", "WeightsError", "build", "describe", "load", "published"]
+from models import backbones, centerfusion, maskrcnn, pretrained, retinanet, ssd
+from utils import torch_files
+from utils.errors import WeightsError
 
 # name -> function of num_classes and the network's own arguments
-ARCHITECTURES = {**ssd.NETWORKS, "retinanet": retinanet.RetinaNet, **centerfusion.NETWORKS, **maskrcnn.NETWORKS}
+ARCHITECTURES = {**ssd.NETWORKS, **retinanet.NETWORKS, **centerfusion.NETWORKS, **maskrcnn.NETWORKS}
 ARCHITECTURES |= backbones.NETWORKS
 FORMAT_VERSION = 1
 
 
-def build(name, num_classes, **arguments):
-    """A network with fresh weights for `num_classes` classes, background not counted.
+def build(name: str, num_classes: int, **arguments) -> nn.Module:
+    """A network with random weights for `num_classes` classes, background not counted.
 
-    arguments: of the SSDs `box_sizes` (a (min, max) in pixels at 300 x 300 for each map, scaled with the image; None:
-    as published); of MobileNet v2's `width_mult`; of retinanet those of `retinanet.RetinaNet`; of the
-    centerfusions `radar`, `threshold`, `max_distance` (see `centerfusion.CenterFusion`); of the maskrcnns `proposals`,
-    of the small one also `width` and `hidden` (see `maskrcnn.MaskRCNN`). Raises WeightsError on an unknown name or
-    argument.
+    arguments by network; raises WeightsError on an unknown name or argument:
+    SSD           box_sizes, a (min, max) in pixels at 300 x 300 for each map (None: as published)
+    MobileNet v2  width_mult, also of the SSD on it
+    RetinaNet     see `retinanet.RetinaNet`
+    CenterFusion  radar, threshold, max_distance, see `centerfusion.CenterFusion`
+    Mask R-CNN    proposals, and of maskrcnn_resnet18 width and hidden, see `maskrcnn.MaskRCNN`
     """
     if name not in ARCHITECTURES:
         raise WeightsError(f"unknown network {name!r}; known are {', '.join(ARCHITECTURES)}")
     known = list(inspect.signature(ARCHITECTURES[name]).parameters)[1:]
     for argument in arguments:
         if argument not in known:
-            raise WeightsError(f"{name} takes no {argument!r}; it takes {', '.join(known) or 'no argument'}")
+            raise WeightsError(f"{name} has no argument {argument!r}; it has {', '.join(known) or 'none'}")
     return ARCHITECTURES[name](num_classes, **arguments)
 
 
-def describe(net):
-    """What a checkpoint says of `net`, for `build` and for whoever feeds it pictures: a dict of plain values."""
-    names = ("num_classes", "arguments", "classes", "image_mean", "image_std")
-    return {"architecture": net.name, **{name: getattr(net, name) for name in names}}
+def describe(net: nn.Module, **sizes) -> dict:
+    """What a checkpoint stores about `net`, as plain values, so that `load` can build it.
 
-
-def load(path):
-    """The network of a checkpoint of ours, or of a published file, in evaluation mode on the CPU; no flag needed.
-
-    Averaged weights are used where the checkpoint has them. The network gets `classes` (names in label order; None for
-    a published file of unknown names) and `image_size` (height, width); a network that takes pictures of any shape gets
-    `min_side` and `max_side` instead, and None as `image_size`. Raises WeightsError.
+    sizes: `image_size` (h, w), or `min_side` and `max_side`, of the images in evaluation
     """
-    saved = published.read(path)
+    names = ("num_classes", "arguments", "classes", "image_mean", "image_std")
+    return {"architecture": net.name, **{name: getattr(net, name) for name in names}, **sizes}
+
+
+def summary(net: nn.Module) -> str:
+    """Name and size of a network, for the console."""
+    return f"{net.name}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters"
+
+
+def load(path: str | Path) -> nn.Module:
+    """The network in a checkpoint of ours or a published file, in evaluation mode, on the CPU.
+
+    Averaged weights are used if there are any. The network gets `classes` (names in label order, None if unknown), and
+    either `image_size` (height, width) or, with None as `image_size`, `min_side` and `max_side`. Raises WeightsError.
+    """
+    saved = torch_files.read(path)
     if "architecture" not in saved:
-        return published.load(saved, source=path)
+        return pretrained.load(saved, source=path)
     missing = [key for key in ("format_version", "arguments", "num_classes", "classes", "model") if key not in saved]
     if missing:
-        raise WeightsError(f"{path}: not a whole checkpoint, it lacks {', '.join(missing)}; use another copy")
+        raise WeightsError(f"{path}: not a complete checkpoint: {', '.join(missing)} missing; use another copy")
     if saved["format_version"] > FORMAT_VERSION:
         raise WeightsError(f"{path}: format version {saved['format_version']} is newer than this program; update it")
     net = build(saved["architecture"], saved["num_classes"], **saved["arguments"])
     if saved.get("ema"):
         print(f"{path}: using the averaged weights")
-    published.load_strictly(net, published.trained_weights(saved), path)
+    pretrained.load_strictly(net, pretrained.trained_weights(saved), path)
     net.classes = list(saved["classes"])
-    size = saved.get("image_size", None if "min_side" in saved else 300)
-    net.image_size = (size, size) if isinstance(size, int) else size and tuple(size)
+    net.image_size = None
     if "min_side" in saved:
         net.min_side, net.max_side = saved["min_side"], saved["max_side"]
+    else:
+        size = saved.get("image_size", 300)  # early checkpoints have one number, or none
+        net.image_size = (size, size) if isinstance(size, int) else tuple(size)
     return net.eval()

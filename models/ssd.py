@@ -1,25 +1,25 @@
-"""SSD on MobileNet, SqueezeNet and VGG: the five networks of qfgaohao's and dusty-nv's pytorch-ssd, name for name.
+"""SSD on MobileNet, SqueezeNet and VGG: the five networks of qfgaohao's and dusty-nv's pytorch-ssd, under their names.
 
-B batch, C channels, K classes, P priors, S shapes a cell. Two heads look at each of six maps; priors and outputs share
-one order: map, row, column, shape.
+B batch, C channels, K classes, P priors, S box shapes per cell. Each of six maps has two heads. Priors and outputs
+are in one order: map, row, column, shape.
 """
 
 import math
 
 import torch
 from torch import nn
+from torchvision.ops import box_convert
 
-from models import layers
-from models.errors import WeightsError
-from models.mobilenet import InvertedResidual, mobilenet_v1, mobilenet_v2
-from models.squeezenet import squeezenet1_1
-from models.vgg import vgg16
-from ops import boxes
+from models.backbones import layers
+from models.backbones.mobilenet import InvertedResidual, mobilenet_v1_features, mobilenet_v2_features
+from models.backbones.squeezenet import squeezenet1_1_features
+from models.backbones.vgg import vgg16_features
+from utils.errors import WeightsError
 
-# Pixels at 300 x 300 and the (min, max) size of each map's squares.
+# (min, max) side of the squares of each map, in pixels of a 300 x 300 image.
 MOBILE_SIZES = ((60, 105), (105, 150), (150, 195), (195, 240), (240, 285), (285, 330))
 VGG_SIZES = ((30, 60), (60, 111), (111, 162), (162, 213), (213, 264), (264, 315))
-# The published step of each map's cells in pixels; None: the cells share out the image (100, 150, 300 at 300 pixels).
+# Published distance between the cells of each map in pixels; None: the image divided by the number of cells.
 MOBILE_STRIDES = (16, 32, 64, None, None, None)
 VGG_STRIDES = (8, 16, 32, 64, None, None)
 MOBILE_RATIOS = ((2, 3),) * 6
@@ -27,14 +27,18 @@ VGG_RATIOS = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
 
 
 class SSD(nn.Module):
-    """base_net with `taps` (map after that many layers), extras (one map each), and two heads a map.
+    """A backbone and extra layers that give six maps, and two heads per map.
 
-    channels: of each map. head(inputs, outputs) makes the first five heads, last_head the sixth.
-    add_on: a layer between the first tap and its head alone. split_tap: this block of base_net gives the first map from
-    its inside (`InvertedResidual.split`). sizes, strides, ratios: as the tables above.
+    base_net        layers of the backbone; the maps after `source_layers` many of them are used
+    extras          further layers, one map each
+    channels        of each map
+    head            head(inputs, outputs) makes a head of the first five maps, last_head one of the sixth
+    sizes, strides, ratios   of the priors of each map, see the tables above
+    add_on          a layer between the first map and its heads
+    expanded_layer  index of the layer whose expanded map is the first map (see `InvertedResidual`)
     """
 
-    box_weights = (10, 10, 5, 5)  # centre variance 0.1, size variance 0.2
+    box_weights = (10, 10, 5, 5)  # center variance 0.1, size variance 0.2
 
     def __init__(
         self,
@@ -42,7 +46,7 @@ class SSD(nn.Module):
         base_net,
         extras,
         *,
-        taps,
+        source_layers,
         channels,
         head,
         last_head,
@@ -50,12 +54,12 @@ class SSD(nn.Module):
         strides=MOBILE_STRIDES,
         ratios=MOBILE_RATIOS,
         add_on=None,
-        split_tap=None,
+        expanded_layer=None,
     ):
         super().__init__()
         self.num_classes = num_classes
         self.sizes, self.strides, self.ratios = check_sizes(sizes, len(channels)), strides, ratios
-        self.taps, self.split_tap = taps, split_tap
+        self.source_layers, self.expanded_layer = source_layers, expanded_layer
         self.base_net = base_net
         self.extras = nn.ModuleList(extras)
         shapes = [2 + 2 * len(r) for r in ratios]
@@ -67,33 +71,32 @@ class SSD(nn.Module):
         self.classification_headers = heads(num_classes + 1)
         self.regression_headers = heads(4)
         self.source_layer_add_ons = nn.ModuleList([add_on] if add_on else [])
-        self.initialise()
-        self._cache = {}  # (kind, image size, device) -> priors or anchors; no part of the state dict
+        self.initialize()
+        self._anchors = {}  # (image size, device) -> anchors; not part of the state dict
 
-    def initialise(self):
-        """Kaiming everywhere (`layers.initialise`) but in the layers that give the outputs.
+    def initialize(self):
+        """`layers.initialize` for all but the last convolution of each head.
 
-        Logits: Xavier as published, so that the hard negatives mined at the first steps differ from each other and the
-        features get a gradient of full size. Offsets: small (0.25 of what the map brings, so a few percent of a prior's
-        size), so that the first predictions are the priors and the box loss starts at the size of the true offsets.
-        Their deviation is 0.01 for 1x1 heads of 512 channels and follows the fan of the others.
+        Logits: Xavier, as published, so that the hard negatives of the first steps differ and the gradient of the
+        features has its full size. Offsets: small (0.25 of the scale of the map, a few percent of a prior's size), so
+        that training starts with the priors as predictions. For 1x1 heads of 512 channels their deviation is 0.01.
         """
-        layers.initialise(self)
+        layers.initialize(self)
         for logits, offsets in zip(self.classification_headers, self.regression_headers):
             nn.init.xavier_uniform_(last_convolution(logits).weight)
             weight = last_convolution(offsets).weight
             nn.init.normal_(weight, std=0.25 * weight[0].numel() ** -0.5)
 
     def feature_maps(self, x):
-        """Normalised images [B,3,H,W] -> six maps [B,C,h,w], large to small."""
+        """Normalized images [B,3,H,W] -> six maps [B,C,h,w], large to small."""
         maps = []
         for index, layer in enumerate(self.base_net):
-            if index == self.split_tap:
-                widened, x = layer.split(x)
-                maps.append(widened)
+            if index == self.expanded_layer:
+                expanded, x = layer.forward_expanded(x)
+                maps.append(expanded)
             else:
                 x = layer(x)
-            if index + 1 in self.taps:
+            if index + 1 in self.source_layers:
                 maps.append(x)
         for layer in self.extras:
             x = layer(x)
@@ -103,53 +106,37 @@ class SSD(nn.Module):
         return maps
 
     def forward(self, images):
-        """Normalised images [B,3,H,W] -> {"logits": [B,P,K+1] background first, "offsets": [B,P,4]}, both raw."""
+        """Normalized images [B,3,H,W] -> {"logits": [B,P,K+1] background first, "offsets": [B,P,4]}, both raw."""
         logits, offsets = [], []
-        for x, classify, locate in zip(self.feature_maps(images), self.classification_headers, self.regression_headers):
-            # A view where memory is channels_last.
-            logits.append(layers.flat(classify(x), self.num_classes + 1))  # [B,hwS,K+1]
-            offsets.append(layers.flat(locate(x), 4))  # [B,hwS,4]
+        maps = self.feature_maps(images)
+        for x, classification, regression in zip(maps, self.classification_headers, self.regression_headers):
+            logits.append(layers.flatten_cells(classification(x), self.num_classes + 1))  # [B,hwS,K+1]
+            offsets.append(layers.flatten_cells(regression(x), 4))  # [B,hwS,4]
         return {"logits": torch.cat(logits, 1), "offsets": torch.cat(offsets, 1)}
 
     @torch.no_grad()
     def map_sizes(self, image_size):
-        """(h, w) of each map for an image of (height, width): a forward pass of shapes alone, on the meta device.
+        """(h, w) of each map for an image of (height, width), by a forward pass on the meta device.
 
         Raises WeightsError where the image is too small for a layer.
         """
-        state = {name: torch.empty_like(value, device="meta") for name, value in self.state_dict().items()}
-        images = torch.empty((2, 3, *image_size), device="meta")  # two: batch norm refuses to train on one value
+        state = {f"net.{name}": torch.empty_like(value, device="meta") for name, value in self.state_dict().items()}
+        images = torch.empty((2, 3, *image_size), device="meta")  # batch norm refuses to train on one value per channel
         try:
-            outputs = torch.func.functional_call(Maps(self), {f"net.{k}": v for k, v in state.items()}, (images,))
+            maps = torch.func.functional_call(FeatureMaps(self), state, (images,))
         except RuntimeError as error:
             height, width = image_size
             raise WeightsError(
                 f"{self.name}: an image of {width}x{height} is too small ({error}); use a larger resolution"
             ) from error
-        return [tuple(x.shape[-2:]) for x in outputs]
+        return [tuple(x.shape[-2:]) for x in maps]
 
     def priors(self, image_size):
-        """Priors for images of `image_size` (height, width): float32 [P,4], relative cx, cy, w, h in [0,1].
+        """Priors for images of (height, width): float32 [P,4], relative cx, cy, w, h in [0,1], on the CPU.
 
-        On the network's device, computed once a size. At 300 they are the published ones. Sizes grow with the square
-        root of the image's area, so that squares stay squares in pixels also where the image is none.
+        At 300 x 300 they are the published ones. Sizes grow with the square root of the image's area, and squares are
+        squares in pixels also where the image is not square.
         """
-        return self._cached("priors", image_size, self._priors)
-
-    def anchors(self, image_size):
-        """`priors` as xyxy in pixels of the image: float32 [P,4]; corners may lie outside."""
-        return self._cached("anchors", image_size, self._anchors)
-
-    def _cached(self, kind, image_size, compute):
-        size = tuple(int(side) for side in image_size)
-        device = self.regression_headers[-1].weight.device
-        key = kind, size, device
-        if key not in self._cache:
-            with torch.inference_mode(False):  # a later training step may want a gradient through them
-                self._cache[key] = compute(size).to(device)
-        return self._cache[key]
-
-    def _priors(self, image_size):
         side = torch.tensor(image_size[::-1], dtype=torch.float64)  # width, height
         scale = side.prod().sqrt() / 300
         maps = []
@@ -157,13 +144,22 @@ class SSD(nn.Module):
             centers = grid_centers(size, image_size, stride)  # [hw,2] relative
             shapes = box_shapes(low, high, ratios) * scale / side  # [S,2] relative
             cells, kinds = len(centers), len(shapes)
-            both = centers[:, None].expand(-1, kinds, -1), shapes.expand(cells, -1, -1)
-            maps.append(torch.cat(both, -1).reshape(-1, 4))  # [hwS,4]
+            maps.append(torch.cat([centers.repeat_interleave(kinds, 0), shapes.repeat(cells, 1)], 1))  # [hwS,4]
         return torch.cat(maps).clamp(0, 1).float()
 
-    def _anchors(self, image_size):
-        height, width = image_size
-        return boxes.to_corners(self._priors(image_size) * torch.tensor([width, height, width, height]))
+    def anchors(self, image_size):
+        """`priors` as xyxy in pixels of the image: float32 [P,4]; they may extend beyond the image.
+
+        On the network's device; computed once per size.
+        """
+        height, width = (int(side) for side in image_size)
+        device = self.regression_headers[-1].weight.device
+        key = height, width, device
+        if key not in self._anchors:
+            with torch.inference_mode(False):  # a later training step may need a gradient through them
+                priors = self.priors((height, width)) * torch.tensor([width, height, width, height])
+                self._anchors[key] = box_convert(priors, "cxcywh", "xyxy").to(device)
+        return self._anchors[key]
 
     def parameter_groups(self):
         """Parameters by part, each exactly once: {"base_net": [...], "extras": [...], "heads": [...]}."""
@@ -172,8 +168,8 @@ class SSD(nn.Module):
         return {"base_net": list(self.base_net.parameters()), "extras": extras, "heads": heads}
 
 
-class Maps(nn.Module):
-    """`net.feature_maps` as a forward, for functional_call."""
+class FeatureMaps(nn.Module):
+    """`net.feature_maps` as the forward of a module, which functional_call needs."""
 
     def __init__(self, net):
         super().__init__()
@@ -188,7 +184,7 @@ def last_convolution(head):
 
 
 def check_sizes(sizes, maps):
-    """(min, max) pairs of numbers, one a map; raises WeightsError."""
+    """The (min, max) pairs of `maps` maps as tuples. Raises WeightsError."""
     pairs = [tuple(pair) for pair in sizes]
     if len(pairs) != maps or not all(len(pair) == 2 and 0 < pair[0] <= pair[1] for pair in pairs):
         raise WeightsError(f"box_sizes {pairs}: need {maps} pairs (min, max) in pixels at 300, 0 < min <= max")
@@ -196,7 +192,7 @@ def check_sizes(sizes, maps):
 
 
 def grid_centers(map_size, image_size, stride):
-    """Relative centres [hw,2] (x, y) of the cells of a map, row by row; cells of `stride` pixels, or as many as fit."""
+    """Relative centers [hw,2] (x, y) of the cells of a map, row by row, `stride` pixels apart (None: evenly spaced)."""
     axes = []
     for cells, pixels in zip(map_size, image_size):
         step = stride / pixels if stride else 1 / cells
@@ -206,7 +202,7 @@ def grid_centers(map_size, image_size, stride):
 
 
 def box_shapes(low, high, ratios):
-    """Widths and heights [2 + 2 * ratios, 2]: small square, mean square, then each ratio lying and standing."""
+    """Widths and heights [S,2]: squares of side `low` and sqrt(low * high), then a wide and a tall box per ratio."""
     shapes = [(low, low), (math.sqrt(low * high),) * 2]
     for ratio in ratios:
         shapes += [(low * ratio**0.5, low / ratio**0.5), (low / ratio**0.5, low * ratio**0.5)]
@@ -227,13 +223,13 @@ def dense_extra(inputs, hidden, outputs, stride=2, padding=1):
 
 
 def lite_extra(inputs, hidden, outputs, padding=1):
-    """No activation after the last convolution: so it was published."""
+    """Without an activation after the last convolution, as published."""
     separable = layers.separable(hidden, outputs, stride=2, padding=padding)
     return nn.Sequential(nn.Conv2d(inputs, hidden, 1), nn.ReLU(inplace=True), separable)
 
 
-def named(net, name, mean, std, **arguments):
-    """Tell the network what it is: `build(name, num_classes, **arguments)` makes it again."""
+def with_attributes(net, name, mean=(127, 127, 127), std=(128, 128, 128), **arguments):
+    """`net` with the attributes that every network has, see `models`."""
     net.name, net.arguments = name, {**arguments, "box_sizes": [list(pair) for pair in net.sizes]}
     net.image_mean, net.image_std = mean, std
     return net
@@ -242,42 +238,40 @@ def named(net, name, mean, std, **arguments):
 def mb1_ssd(num_classes, box_sizes=None):
     net = SSD(
         num_classes,
-        mobilenet_v1(),
+        mobilenet_v1_features(),
         [
             dense_extra(1024, 256, 512),
             dense_extra(512, 128, 256),
             dense_extra(256, 128, 256),
             dense_extra(256, 128, 256),
         ],
-        taps=(12, 14),
+        source_layers=(12, 14),
         channels=(512, 1024, 512, 256, 256, 256),
         head=layers.Conv3x3,
         last_head=layers.Conv3x3,
         sizes=box_sizes or MOBILE_SIZES,
     )
-    return named(net, "mb1-ssd", (127, 127, 127), (128, 128, 128))
+    return with_attributes(net, "mb1-ssd")
 
 
 def mb1_ssd_lite(num_classes, box_sizes=None):
     net = SSD(
         num_classes,
-        mobilenet_v1(),
+        mobilenet_v1_features(),
         [lite_extra(1024, 256, 512), lite_extra(512, 128, 256), lite_extra(256, 128, 256), lite_extra(256, 128, 256)],
-        taps=(12, 14),
+        source_layers=(12, 14),
         channels=(512, 1024, 512, 256, 256, 256),
         head=layers.separable,
         last_head=conv1x1,
         sizes=box_sizes or MOBILE_SIZES,
     )
-    return named(net, "mb1-ssd-lite", (127, 127, 127), (128, 128, 128))
+    return with_attributes(net, "mb1-ssd-lite")
 
 
 def mb2_ssd_lite(num_classes, width_mult=1.0, box_sizes=None):
-    """The first head looks inside block 14, at its widened map of stride 16."""
-    if not 0.1 <= width_mult <= 4:
-        raise WeightsError(f"width_mult {width_mult}: must lie between 0.1 and 4")
-    base_net = mobilenet_v2(width_mult)
-    widened, last = base_net[14].conv[0].out_channels, base_net[18][0].out_channels
+    """The first map is the expanded one inside layer 14, of stride 16."""
+    base_net = mobilenet_v2_features(width_mult)
+    expanded, last = base_net[14].conv[0].out_channels, base_net[18][0].out_channels
     net = SSD(
         num_classes,
         base_net,
@@ -287,21 +281,21 @@ def mb2_ssd_lite(num_classes, width_mult=1.0, box_sizes=None):
             InvertedResidual(256, 256, 2, 0.5),
             InvertedResidual(256, 64, 2, 0.25),
         ],
-        taps=(19,),
-        split_tap=14,
-        channels=(widened, last, 512, 256, 256, 64),
+        source_layers=(19,),
+        expanded_layer=14,
+        channels=(expanded, last, 512, 256, 256, 64),
         head=layers.separable_bn,
         last_head=conv1x1,
         sizes=box_sizes or MOBILE_SIZES,
     )
-    return named(net, "mb2-ssd-lite", (127, 127, 127), (128, 128, 128), width_mult=width_mult)
+    return with_attributes(net, "mb2-ssd-lite", width_mult=width_mult)
 
 
 def sq_ssd_lite(num_classes, box_sizes=None):
-    """One tap only, before the last fire module; the first extra pads by 2 (17 -> 10 cells)."""
+    """The backbone gives one map, before its last fire module; the first extra layer pads by 2 (17 -> 10 cells)."""
     net = SSD(
         num_classes,
-        squeezenet1_1(),
+        squeezenet1_1_features(),
         [
             lite_extra(512, 256, 512, padding=2),
             lite_extra(512, 256, 512),
@@ -309,27 +303,27 @@ def sq_ssd_lite(num_classes, box_sizes=None):
             lite_extra(256, 128, 256),
             lite_extra(256, 128, 256),
         ],
-        taps=(12,),
+        source_layers=(12,),
         channels=(512, 512, 512, 256, 256, 256),
         head=layers.separable,
         last_head=conv1x1,
         sizes=box_sizes or MOBILE_SIZES,
     )
-    return named(net, "sq-ssd-lite", (127, 127, 127), (128, 128, 128))
+    return with_attributes(net, "sq-ssd-lite")
 
 
 def vgg16_ssd(num_classes, box_sizes=None):
-    """Batch norm stands where the paper normalises conv4_3 by its L2 norm: so it was published."""
+    """Batch norm, as published, where the paper divides conv4_3 by its L2 norm."""
     net = SSD(
         num_classes,
-        vgg16(),
+        vgg16_features(),
         [
             dense_extra(1024, 256, 512),
             dense_extra(512, 128, 256),
             dense_extra(256, 128, 256, stride=1, padding=0),
             dense_extra(256, 128, 256, stride=1, padding=0),
         ],
-        taps=(23, 35),
+        source_layers=(23, 35),
         channels=(512, 1024, 512, 256, 256, 256),
         head=layers.Conv3x3,
         last_head=layers.Conv3x3,
@@ -339,8 +333,8 @@ def vgg16_ssd(num_classes, box_sizes=None):
         add_on=nn.BatchNorm2d(512),
     )
     with torch.no_grad():
-        net.base_net[0].weight /= 64  # pixels come with a deviation of about 64, and no batch norm evens it out
-    return named(net, "vgg16-ssd", (123, 117, 104), (1, 1, 1))
+        net.base_net[0].weight /= 64  # pixels have a deviation of about 64, and there is no batch norm
+    return with_attributes(net, "vgg16-ssd", (123, 117, 104), (1, 1, 1))
 
 
 NETWORKS = {

@@ -1,1 +1,1 @@
-"""Pure functions on tensors: box coding, matching, suppression, pixels. They know no network, no loss and no file."""
+"""Pure functions on tensors: boxes, matching, NMS, heatmaps, camera geometry, radar. No network, loss or file."""

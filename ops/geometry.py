@@ -1,15 +1,16 @@
-"""Camera geometry: points, boxes and angles of the camera frame (x right, y down, z forward, metres) and their pixels.
+"""Camera geometry: points, boxes and angles in the camera frame (x right, y down, z forward, meters) and their pixels.
 
 `calib` is a camera's projection matrix [...,3,4]: depth * (u, v, 1) = calib (x, y, z, 1), as in KITTI and nuScenes.
-Angles are radians in (-pi, pi]. The yaw of a box turns it about the y axis: at 0 it looks along x, at -pi/2 along z.
+Angles are radians in (-pi, pi]. The yaw of a box is its rotation about the y axis: at 0 it faces along x, at -pi/2
+along z.
 """
 
 import math
 
 import torch
 
-# Signs of a box's corners along its length, height and width, in the order of nuscenes-devkit: first the four in front,
-# each face from upper left over upper right, seen from behind the box.
+# Signs of a box's corners along its length, height and width, in nuscenes-devkit's order: the four at the front first,
+# then the four at the rear, each clockwise from the upper left as seen from behind the box.
 CORNERS = (
     (1, -1, 1),
     (1, -1, -1),
@@ -25,7 +26,7 @@ CORNERS = (
 def project(points, calib):
     """Points [...,N,3], calib [...,3,4] -> (pixels [...,N,2], depth [...,N]).
 
-    Where the depth is 0 or below, the point is not in front of the camera and its pixels mean nothing.
+    A point at depth 0 or below is not in front of the camera, and its pixels are meaningless.
     """
     image = points @ calib[..., :3].mT + calib[..., None, :, 3]  # [...,N,3]
     return image[..., :2] / image[..., 2:], image[..., 2]
@@ -38,18 +39,18 @@ def unproject(pixels, depth, calib):
 
 
 def corners(center, dims, yaw):
-    """Geometric centres [...,3], sizes h, w, l [...,3] and yaws [...] of boxes -> their corners [...,8,3]."""
+    """Geometric centers [...,3], sizes h, w, l [...,3] and yaws [...] of boxes -> their corners [...,8,3]."""
     height, width, length = dims.unbind(-1)
-    sizes = torch.stack([length, height, width], dim=-1) / 2
-    local = sizes[..., None, :] * sizes.new_tensor(CORNERS)  # [...,8,3]: along length, down, along width
-    along, down, across = local.unbind(-1)
+    half_sizes = torch.stack([length, height, width], dim=-1) / 2
+    offsets = half_sizes[..., None, :] * half_sizes.new_tensor(CORNERS)  # [...,8,3]: along length, down, along width
+    along, down, across = offsets.unbind(-1)
     sine, cosine = yaw.sin()[..., None], yaw.cos()[..., None]
-    turned = torch.stack([cosine * along + sine * across, down, cosine * across - sine * along], dim=-1)
-    return center[..., None, :] + turned
+    rotated = torch.stack([cosine * along + sine * across, down, cosine * across - sine * along], dim=-1)
+    return center[..., None, :] + rotated
 
 
 def wrap(angle):
-    """The same angle in (-pi, pi]; one that lies there already stays as it is, to the bit."""
+    """The same angle in (-pi, pi]; an angle already in that range is returned unchanged, bit for bit."""
     return angle - 2 * math.pi * torch.ceil((angle - math.pi) / (2 * math.pi))
 
 
@@ -68,14 +69,22 @@ def apply_affine(points, affine):
     return points @ affine[..., :2].mT + affine[..., None, :, 2]
 
 
-def seen(boxes, calib, affine):
-    """Boxes as a camera sees them: a dict with center, dims, yaw of [M] boxes -> (corners [M,8,3] in the camera frame,
-    their pixels [M,8,2] after `affine`, their depths [M,8])."""
-    solid = corners(boxes["center"], boxes["dims"], boxes["yaw"])
-    pixels, depth = project(solid.flatten(0, 1), calib)
-    return solid, apply_affine(pixels, affine).view(-1, 8, 2), depth.view(-1, 8)
+def invert_affine(affine):
+    """The inverse of affine maps [...,2,3]."""
+    linear = torch.linalg.inv(affine[..., :2])
+    return torch.cat([linear, -linear @ affine[..., 2:]], dim=-1)
 
 
-def depth_of(raw):
-    """Metres from what a network's depth heads say, any shape, in float32: 1 / sigmoid - 1, as published."""
+def project_boxes(boxes, calib, affine):
+    """Project a dict with center, dims and yaw of [M] boxes by calib [3,4], then by affine [2,3].
+
+    Returns (corners [M,8,3] in the camera frame, their pixels [M,8,2], their depths [M,8]).
+    """
+    points = corners(boxes["center"], boxes["dims"], boxes["yaw"])
+    pixels, depth = project(points.flatten(0, 1), calib)
+    return points, apply_affine(pixels, affine).view(-1, 8, 2), depth.view(-1, 8)
+
+
+def decode_depth(raw):
+    """CenterNet's raw depth output, any shape -> meters in float32: 1 / sigmoid(raw) - 1."""
     return 1 / (raw.float().sigmoid() + 1e-6) - 1

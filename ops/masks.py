@@ -1,20 +1,23 @@
-"""Masks within boxes, put into whole pictures."""
+"""Masks predicted within boxes, pasted into whole images."""
 
 import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 
-def pasted(detections, sizes, threshold=0.5):
-    """Copies of `detections` whose masks, probabilities within the box [N,m,m], are bool [N,h,w] of whole pictures.
+def paste_masks(detections, sizes, threshold=0.5):
+    """Copies of `detections` whose masks [N,m,m], probabilities within the box, became bool [N,h,w] of whole images.
 
-    boxes float32 [N,4] xyxy are in pixels of these pictures; sizes: (h, w) of each; a pixel is the object's above
-    `threshold`. On the CPU, and one mask at a time in float: a hundred of a photo of twelve megapixels take 5 GB.
+    detections  dicts with masks and boxes [N,4] xyxy in pixels of these images
+    sizes       (h, w) of each image
+    threshold   a pixel belongs to the object if its probability is above this
+
+    Computed on the CPU, one mask at a time: as floats, a hundred masks of a 12-megapixel photo take 5 GB.
     """
-    whole = []
-    for found, size in zip(detections, sizes, strict=True):
-        masks = torch.zeros(len(found["boxes"]), *size, dtype=torch.bool)
-        boxes, parts = found["boxes"].cpu(), found["masks"].float().cpu()
-        for mask, part, box in zip(masks, parts, boxes):
-            mask.copy_(paste_masks_in_image(part[None, None], box[None], tuple(size))[0, 0] > threshold)
-        whole.append({**found, "masks": masks})
-    return whole
+    pasted = []
+    for detection, size in zip(detections, sizes, strict=True):
+        masks = torch.zeros(len(detection["boxes"]), *size, dtype=torch.bool)
+        boxes, probabilities = detection["boxes"].cpu(), detection["masks"].float().cpu()
+        for mask, probability, box in zip(masks, probabilities, boxes):
+            mask.copy_(paste_masks_in_image(probability[None, None], box[None], tuple(size))[0, 0] > threshold)
+        pasted.append({**detection, "masks": masks})
+    return pasted

@@ -1,35 +1,36 @@
-"""Radar on the maps of a camera network: points drawn as pillars, and pillars handed to boxes (CenterFusion).
+"""Radar on the maps of a camera network: points drawn as pillars, and radar returns associated with boxes (Nabati and
+Qi 2021, CenterFusion).
 
-A radar map is float32 [...,3,h,w]: depth in metres (0: no return), and vx, vz in m/s in the camera frame.
-B pictures, N boxes a picture, P points.
+A radar map is float32 [...,3,h,w]: depth in meters (0: no return), and vx, vz in m/s in the camera frame.
+B images, N boxes per image, P points, R runs.
 """
 
 import torch
 
-from ops.areas import lines
-from ops.geometry import apply_affine, corners, depth_of, project
-from ops.heatmap import gather, peaks
+from ops.geometry import apply_affine, corners, decode_depth, project
+from ops.heatmaps import gather_cells, topk_peaks
 from ops.images import normalize
+from ops.rasterize import covered_cells
 from ops.rotation import decode
 
-# Distance between a box's depth and its radar, in half extents of the box along z. The published weights were made with
-# max - min / 2 of the corners' z, where (max - min) / 2, the paper's, was meant.
+# Maximum distance in depth between a box and its radar return, in half extents of the box along z. The published
+# weights were trained with max - min / 2 of the corners' z, where (max - min) / 2, as in the paper, was intended.
 THRESHOLDS = {"published": 1.5, "paper": 1.0}
-# Part of a box's width and height, around its centre, that its return is written to.
-AREA, SURE_AREA = 0.3, 0.15
+# The part of a box's width and height, around its center, that its radar return is written to.
+AREA, BEST_LAST_AREA = 0.3, 0.15
 
 
 @torch.no_grad()
-def pillars(radar, calib, affine, size=(112, 200), stride=4, dims=(1.5, 0.2, 0.2)):
+def pillar_map(radar, calib, affine, size=(112, 200), stride=4, dims=(1.5, 0.2, 0.2)):
     """Radar points [P,5] (x, y, z, vx, vz in the camera frame) -> radar map [3,h,w] of `size` (h, w).
 
-    calib   [3,4]; affine [2,3] from the pixels of the file that it speaks of to the network's input
-    stride  input pixels a cell
-    dims    height, width and length of a pillar in metres; it stands on its point
+    calib [3,4], affine [2,3] from pixels of the image file to those of the network's input
+    stride   pixels of the input per cell
+    dims     height, width and length of a pillar in meters; its foot is at its point
 
     A pillar covers the rows round(y - height) to round(y) and the columns round(x - width / 2) to round(x + width / 2),
-    the last of each not included, as published: one narrower than a cell may cover none. Nearer pillars overwrite
-    farther ones; a point that the picture does not show is left out.
+    the last of each excluded, as published: one narrower than a cell may cover none. Nearer pillars overwrite farther
+    ones; points outside the image are left out.
     """
     radar = radar[radar[:, 2] > 0]
     radar = radar[radar[:, 2].argsort(descending=True, stable=True)]
@@ -39,126 +40,124 @@ def pillars(radar, calib, affine, size=(112, 200), stride=4, dims=(1.5, 0.2, 0.2
     cells = apply_affine(project(points, calib)[0], affine) / stride  # [P,9,2]
     x, y = cells[:, 8].unbind(-1)
     width, height = (cells[:, :8].amax(1) - cells[:, :8].amin(1)).unbind(-1)
-    shown = (x >= 0) & (y >= 0) & (x < size[1]) & (y < size[0])
-    areas = torch.stack([x - width / 2, y - height, x + width / 2, y], dim=-1)[shown].round()
-    return paint(areas[None], radar[None, shown, 2:5], size)[0]
+    visible = (x >= 0) & (y >= 0) & (x < size[1]) & (y < size[0])
+    areas = torch.stack([x - width / 2, y - height, x + width / 2, y], dim=-1)[visible].round()
+    return paint_rectangles(areas[None], radar[None, visible, 2:5], size)[0]
 
 
-def inputs(images, targets, mean, std, device, radar=True, stride=4, dims=(1.5, 0.2, 0.2)):
-    """What a CenterFusion is given of a batch, on `device`: (images, radar map or None, calib).
+def network_inputs(images, targets, mean, std, device, radar=True, stride=4, dims=(1.5, 0.2, 0.2)):
+    """The inputs of a CenterFusion network on `device`: (images, radar map [B,3,h,w] or None, calib [B,3,4]).
 
-    images     uint8 [B,3,H,W], red first -> normalised by `mean` and `std` [3], blue first, as published
-    targets    B dicts with radar, calib and affine
-    radar map  [B,3,h,w] of `pillars`; None where `radar` is false;  calib [B,3,4]
+    images   uint8 [B,3,H,W] in RGB; returned in BGR, as published, normalized by `mean` and `std` [3]
+    targets  B dicts with radar, calib and affine
+    radar    False: no radar map
+    stride, dims  of `pillar_map`
     """
     images = normalize(images.to(device, non_blocking=True).flip(1), mean, std)
     rows = [[target[name].to(device) for name in ("radar", "calib", "affine")] for target in targets]
     size = [side // stride for side in images.shape[-2:]]
-    radar_map = torch.stack([pillars(*row, size, stride, dims) for row in rows]) if radar else None
+    radar_map = torch.stack([pillar_map(*row, size, stride, dims) for row in rows]) if radar else None
     return images, radar_map, torch.stack([calib for _, calib, _ in rows])
 
 
-@torch.no_grad()
-def associate(
-    radar_map, boxes, depth, dims, alpha, x, calib, threshold="published", area=AREA, max_distance=60.0, valid=None
-):
-    """Hand each box the nearest radar return of its frustum -> [B,3,h,w]: depth / max_distance, vx, vz.
+def depth_tolerance(dims, alpha, x, calib, threshold="published"):
+    """How far in depth a box may be from its radar return: meters [B,N], THRESHOLDS[threshold] half extents along z.
 
-    radar_map     [B,3,h,w]
-    boxes         [B,N,4] xyxy in cells; of two that cover one cell the later has it
-    depth, dims   [B,N] metres of the box's centre; [B,N,3] h, w, l
-    alpha, x      [B,N] observation angle; column of the centre in cells
-    calib         [B,3,4] of the full-size camera
-    threshold     a key of THRESHOLDS
-    area          see AREA
-    valid         bool [B,N], false where a box is padding; None: all are boxes
+    dims [B,N,3] h, w, l in meters; alpha [B,N] observation angle; x [B,N] column of the center; calib [B,3,4]
 
-    A return counts in the rows and columns floor(min) to ceil(max) of the box, at a depth strictly between
-    max(0, d - t) and d + t. The angle behind t takes x in cells for one in full-size pixels, as the published weights
-    were trained with it.
+    x is in cells although calib is in pixels of the image file, as in training of the published weights.
     """
-    reach = THRESHOLDS[threshold] * half_extent(dims, alpha, x, calib)
-    low, high = (depth - reach).clamp(min=0), depth + reach
+    yaw = alpha + torch.atan2(x - calib[:, None, 0, 2], calib[:, None, 0, 0])
+    _, width, length = dims.abs().unbind(-1)
+    return THRESHOLDS[threshold] * ((yaw.sin().abs() * length + yaw.cos().abs() * width) / 2)
+
+
+@torch.no_grad()
+def associate(radar_map, boxes, depth, tolerance, area=AREA, max_distance=60.0, valid=None):
+    """Write the nearest radar return in each box's frustum into the box: [B,3,h,w], depth / max_distance, vx, vz.
+
+    radar_map  [B,3,h,w]
+    boxes      [B,N,4] xyxy in cells; where two overlap, the later is written over the earlier
+    depth      [B,N] of the box's center in meters
+    tolerance  [B,N] of `depth_tolerance`
+    area       the part of a box that is written to, see AREA
+    valid      bool [B,N], False where a box is padding; None: all are boxes
+
+    The frustum is the rows and columns floor(min) to ceil(max) of the box, at depths strictly between
+    max(0, depth - tolerance) and depth + tolerance.
+    """
+    near, far = (depth - tolerance).clamp(min=0), depth + tolerance
     low_corner, high_corner = boxes[..., :2].floor(), boxes[..., 2:].ceil()
-    returns, *place = runs_of(radar_map)
-    distance, column, top, bottom = (value[:, None] for value in (returns[..., 0], *place))  # [B,1,R]
+    returns, *position = vertical_runs(radar_map)
+    distance, column, top, bottom = (value[:, None] for value in (returns[..., 0], *position))  # [B,1,R]
     inside = (column >= low_corner[..., :1]) & (column <= high_corner[..., :1])  # [B,N,R]
     inside &= (bottom >= low_corner[..., 1:]) & (top <= high_corner[..., 1:])
-    inside &= (distance > low[..., None]) & (distance < high[..., None])
+    inside &= (distance > near[..., None]) & (distance < far[..., None])
     if valid is not None:
         inside &= valid[..., None]
     nearest, index = torch.where(inside, distance, torch.inf).min(-1)  # [B,N]
     values = returns.gather(1, index[..., None].expand(-1, -1, 3))  # [B,N,3]
     values = values / values.new_tensor([max_distance, 1, 1])
     center, half = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) * (area / 2)
-    # int() of the source cuts towards 0; one column more than rows is its way too
+    # mrnabati/CenterFusion truncates both corners with int() and writes one column more than rows.
     first, last = (center - half).trunc(), (center + half).trunc()
     end = last + last.new_tensor([2, 1])
     areas = torch.cat([first, torch.where(nearest.isfinite()[..., None], end, first)], dim=-1)
-    return paint(areas, values, radar_map.shape[-2:])
+    return paint_rectangles(areas, values, radar_map.shape[-2:])
 
 
 @torch.no_grad()
-def associate_peaks(outputs, radar_map, calib, threshold="published", max_distance=60.0, count=100, surest_last=False):
-    """`associate` for the `count` greatest values of a network's raw first-stage outputs, unsuppressed -> [B,3,h,w].
+def associate_peaks(outputs, radar_map, calib, threshold="published", max_distance=60.0, count=100, best_last=False):
+    """`associate` for the boxes at the `count` highest values of raw first-stage outputs, not suppressed: [B,3,h,w].
 
-    outputs      hm [B,K,h,w], wh [B,2,h,w], dep [B,1,h,w], rot [B,8,h,w], dim [B,3,h,w]. A box is centred in its cell;
-                 a negative width or height is 0
-    surest_last  stronger peaks overwrite weaker ones, and each is written to SURE_AREA of its box; published: weaker
-                 ones overwrite stronger ones, and AREA
+    outputs    hm [B,K,h,w], wh [B,2,h,w], dep [B,1,h,w], rot [B,8,h,w], dim [B,3,h,w]. A box is centered in its cell;
+               a negative width or height counts as 0
+    best_last  False, as published: lower-scoring boxes are written over higher-scoring ones, each to AREA of the box.
+               True: higher-scoring ones over lower-scoring ones, to BEST_LAST_AREA
     """
-    _, _, index = peaks(outputs["hm"].float(), count, suppress=False)  # [B,N]
-    index = index.flip(1) if surest_last else index
-
-    def at_peaks(name):
-        return gather(outputs[name].float(), index)  # [B,N,C]
-
+    _, _, index = topk_peaks(outputs["hm"].float(), count, suppress=False)  # [B,N]
+    index = index.flip(1) if best_last else index
+    depth, dims, rot, sides = (gather_cells(outputs[name].float(), index) for name in ("dep", "dim", "rot", "wh"))
     width = outputs["hm"].shape[-1]
     center = torch.stack([index % width, index // width], dim=-1) + 0.5
-    half = at_peaks("wh").clamp(min=0) / 2
+    half = sides.clamp(min=0) / 2
     boxes = torch.cat([center - half, center + half], dim=-1)
-    depth = depth_of(at_peaks("dep")[..., 0])
-    found = depth, at_peaks("dim"), decode(at_peaks("rot")), center[..., 0], calib
-    area = SURE_AREA if surest_last else AREA
-    return associate(radar_map, boxes, *found, threshold=threshold, area=area, max_distance=max_distance)
+    tolerance = depth_tolerance(dims, decode(rot), center[..., 0], calib, threshold)
+    area = BEST_LAST_AREA if best_last else AREA
+    return associate(radar_map, boxes, decode_depth(depth[..., 0]), tolerance, area, max_distance)
 
 
-def half_extent(dims, alpha, x, calib):
-    """Half the extent along z [B,N] of boxes dims [B,N,3] observed at alpha [B,N] in column x [B,N]."""
-    yaw = alpha + torch.atan2(x - calib[:, None, 0, 2], calib[:, None, 0, 0])
-    _, width, length = dims.abs().unbind(-1)
-    return (yaw.sin().abs() * length + yaw.cos().abs() * width) / 2
+def vertical_runs(radar_map):
+    """The runs of returns in a radar map [B,3,h,w]: (values [B,R,3], columns, first rows, last rows, float [B,R] each).
 
-
-def runs_of(radar_map):
-    """Where a radar map [B,3,h,w] holds returns -> (values [B,R,3], columns, first rows, last rows, each float [B,R]).
-
-    A run is cells of one column, one above the other, of the same values: all of a pillar's column, and many times
-    fewer than cells. R is the most of a picture, at least 1, and padding has depth 0.
+    A run is adjacent cells of one column with the same values: one for each column of a pillar, so there are many times
+    fewer runs than cells. R is the maximum over images, at least 1; padding has depth 0.
     """
-    picture, column, row = (radar_map[:, 0] > 0).mT.nonzero(as_tuple=True)  # column after column
-    values = radar_map[picture, :, row, column]
+    image, column, row = (radar_map[:, 0] > 0).mT.nonzero(as_tuple=True)  # column after column
+    values = radar_map[image, :, row, column]
     begins = torch.ones_like(row, dtype=torch.bool)
-    begins[1:] = (column.diff() != 0) | (row.diff() != 1) | (picture.diff() != 0) | (values.diff(dim=0) != 0).any(1)
+    begins[1:] = (column.diff() != 0) | (row.diff() != 1) | (image.diff() != 0) | (values.diff(dim=0) != 0).any(1)
     start = begins.nonzero()[:, 0]
     end = torch.cat([start, start.new_tensor([len(row)])])[1:]
     first, last = row[start], row[end - 1]
-    picture, column, values = picture[start], column[start], values[start]
-    counts = picture.bincount(minlength=len(radar_map))
-    place = torch.arange(len(picture), device=picture.device) - (counts.cumsum(0) - counts)[picture]
+    image, column, values = image[start], column[start], values[start]
+    counts = image.bincount(minlength=len(radar_map))
+    number = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]  # within the image
     runs = radar_map.new_zeros(len(radar_map), max(1, int(counts.max())), 6)
-    runs[picture, place] = torch.cat([values, torch.stack([column, first, last], 1).to(values.dtype)], 1)
+    runs[image, number] = torch.cat([values, torch.stack([column, first, last], 1).to(values.dtype)], 1)
     return runs[..., :3], *runs[..., 3:].unbind(-1)
 
 
-def paint(areas, values, size):
-    """Rectangles in order, later ones over earlier: areas [B,N,4], values [B,N,C] -> maps [B,C,h,w], 0 elsewhere.
+def paint_rectangles(areas, values, size):
+    """Rectangles painted in order, later ones over earlier ones: maps [B,C,h,w] of `size` (h, w), 0 elsewhere.
 
-    An area is the whole numbers left, top, right, bottom in cells of `size` (h, w), the last two not included; what
-    lies outside is cut off. Only covered cells are visited, and no box waits for another.
+    areas   [B,N,4] left, top, right, bottom in cells, whole numbers, the last two exclusive; clipped to the map
+    values  [B,N,C]
+
+    All boxes are painted at once, and only covered cells are visited.
     """
     (batch, count), (height, width) = areas.shape[:2], size
-    box, row, line, column = lines(areas.flatten(0, 1).long(), size)
+    box, row, line, column = covered_cells(areas.flatten(0, 1).long(), size)
     cell = ((box // max(1, count) * height + row) * width)[line] + column
     box = box[line]
     last = box.new_zeros(batch * height * width).scatter_reduce_(0, cell, box, "amax")  # 0 also where there is none

@@ -1,0 +1,180 @@
+"""State dicts from files: which network they belong to, and loading them into a network completely or in part.
+
+What does not fit is a WeightsError of one line.
+"""
+
+import http.client
+import re
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils import torch_files
+from utils.errors import WeightsError
+
+State = dict[str, torch.Tensor]
+Families = Mapping[str, Sequence[str]]  # name -> tensors that no other family has all of
+CONNECT_SECONDS = 10
+MAX_NAMES = 20  # class names in one message
+
+
+@dataclass
+class NetworkWeights:
+    """The weights of a complete network from a file, and what is known about them."""
+
+    name: str  # architecture, see models.build
+    state: State  # under the names of our networks
+    num_classes: int
+    classes: list[str] | None  # in label order; None if unknown
+    arguments: dict  # of models.build
+    label: str  # where they come from, for messages
+
+
+def trained_weights(saved: Mapping) -> State:
+    """The state dict in a dict read from a file, without `module.` in its names; averaged weights if there are any."""
+    if saved.get("ema"):
+        saved = saved["ema"]
+    for key in ("model", "state_dict"):
+        if isinstance(saved.get(key), dict):
+            saved = saved[key]
+            break
+    return {name.removeprefix("module."): value for name, value in saved.items() if torch.is_tensor(value)}
+
+
+def open_weights(path_or_state_dict: str | Path | dict, source: str | None = None) -> tuple[dict, State, str]:
+    """(dict as read, its state dict, name for messages)."""
+    is_dict = isinstance(path_or_state_dict, dict)
+    saved = path_or_state_dict if is_dict else torch_files.read(path_or_state_dict)
+    return saved, trained_weights(saved), str(source or ("state dict" if is_dict else path_or_state_dict))
+
+
+def open_network(
+    path_or_state_dict: str | Path | dict, families: Families, describe: Callable[[str, State, str], NetworkWeights]
+) -> NetworkWeights:
+    """The NetworkWeights in a checkpoint of ours, or in a published file by describe(family, state, label)."""
+    saved, state, label = open_weights(path_or_state_dict)
+    if "architecture" not in saved:
+        return describe(family_of(state, families, label), state, label)
+    return NetworkWeights(
+        saved["architecture"], state, saved["num_classes"], saved["classes"], saved["arguments"], label
+    )
+
+
+def family_of(state: Mapping, families: Families, label: str) -> str:
+    """The first family whose tensors are all in `state`. WeightsError with the first keys if there is none."""
+    for name, tensors in families.items():
+        if all(tensor in state for tensor in tensors):
+            return name
+    first = ", ".join(list(state)[:3]) or "no tensors"
+    raise WeightsError(f"{label}: unknown weights (first keys: {first}); known families: {', '.join(families)}")
+
+
+def with_counters(state: Mapping, own: Mapping) -> State:
+    """`state` with the step counters of batch norm, taken from `own` where it has none: files before torch 0.4.1."""
+    missing = [name for name in own if name.endswith("num_batches_tracked") and name not in state]
+    return {**state, **{name: own[name] for name in missing}}
+
+
+def load_strictly(net: nn.Module, state: Mapping, label: str) -> None:
+    """Load the tensors of `state`, which must be exactly those of the network. Else WeightsError naming the first."""
+    own = net.state_dict()
+    state = with_counters(state, own)
+    mismatches = torch_files.mismatches(state, own)
+    if mismatches:
+        raise WeightsError(f"{label}: {len(mismatches)} tensors do not fit {net.name}, the first: {mismatches[0]}")
+    net.load_state_dict(state)
+
+
+def load_matching(net: nn.Module, state: Mapping) -> tuple[int, int, list[str]]:
+    """Load the tensors of `state` that `net` has by name and shape; the others keep their initial values.
+
+    Returns (number loaded, number the network has, names not loaded). Fewer than half is a WeightsError.
+    """
+    own = net.state_dict()
+    state = with_counters(trained_weights(state), own)
+    loaded = {name: state[name] for name, value in own.items() if name in state and state[name].shape == value.shape}
+    skipped = [name for name in own if name not in loaded]
+    if 2 * len(loaded) < len(own):
+        raise WeightsError(
+            f"only {len(loaded)} of {len(own)} tensors fit {net.name}, the first that does not: {skipped[0]}; "
+            "is it a checkpoint of another network?"
+        )
+    net.load_state_dict(loaded, strict=False)
+    return len(loaded), len(own), skipped
+
+
+def load_with_classes(
+    net: nn.Module,
+    weights: NetworkWeights,
+    heads: Iterable[str],
+    anchors_per_cell: int = 1,
+    background: bool = False,
+    strict: bool = False,
+) -> str:
+    """Load a complete network, its class-specific layers by class name; returns a line for the console.
+
+    heads             prefixes of the names of the class-specific layers
+    anchors_per_cell  the first dimension of their tensors is [anchors_per_cell, classes, ...], flattened
+    background        class 0 in them is background
+
+    If the class names of both are known and the file has all those of `net.classes`, their rows are loaded. The layers
+    of a file with another number of classes, or other names, keep their initial values, a WeightsError if `strict`. All
+    other tensors must fit.
+    """
+    own, heads = net.state_dict(), tuple(heads)
+    wanted, classes, state = getattr(net, "classes", None), weights.classes, weights.state
+    other_names = bool(wanted and classes and list(wanted) != list(classes))
+    if not other_names and weights.num_classes == net.num_classes:
+        load_strictly(net, state, weights.label)
+        return f"{len(own)} of {len(own)} tensors loaded"
+    if other_names and set(wanted) <= set(classes):
+        rows = [0] * background + [classes.index(name) + background for name in wanted]
+
+        def select(value):
+            return value.unflatten(0, (anchors_per_cell, len(classes) + background, -1))[:, rows].flatten(0, 2)
+
+        state = {name: select(value) if name.startswith(heads) else value for name, value in state.items()}
+        load_strictly(net, state, weights.label)
+        by_name = f"{len(wanted)} of its {weights.num_classes} classes by name"
+        return f"{len(own)} of {len(own)} tensors loaded, {by_name}"
+    if strict:
+        raise WeightsError(f"{weights.label}: {other_classes(classes, wanted, weights.num_classes, net.num_classes)}")
+    initial = {name: value for name, value in own.items() if name.startswith(heads)}
+    load_strictly(net, {**state, **initial}, weights.label)
+    counts = f"checkpoint {weights.num_classes} classes, data {net.num_classes}"
+    names = " of other names" * (weights.num_classes == net.num_classes)
+    return f"{counts}{names}: head re-initialized, {len(own) - len(initial)} of {len(own)} tensors loaded"
+
+
+def other_classes(classes: Sequence[str] | None, wanted: Sequence[str] | None, given: int, count: int) -> str:
+    """The end of an error: a file with `given` classes called `classes`, data with `count` called `wanted`."""
+    if not (classes and wanted):
+        return f"holds {given} classes, the data {count}; give the data that it was trained on"
+    lists = [", ".join(names[:MAX_NAMES]) + " ..." * (len(names) > MAX_NAMES) for names in (classes, wanted)]
+    remedy = "give the data that it was trained on, or continue its run with --resume"
+    return f"its {given} classes are ({lists[0]}), the data's {count} ({lists[1]}); {remedy}"
+
+
+def fetch(url: str) -> Path:
+    """The file of a URL in torch.hub's folder, downloaded unless it is there. WeightsError if it cannot be.
+
+    If its name contains the beginning of the SHA-256, as PyTorch's do (`name-5c106cde.pth`), the download is verified.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if path.is_file():
+        return path
+    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECT_SECONDS)  # torch.hub has no argument for it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress=False)
+    except (OSError, http.client.HTTPException, RuntimeError) as error:  # no connection; RuntimeError: wrong SHA-256
+        raise WeightsError(f"cannot download {url} ({error}); put it at {path}") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return path

@@ -1,0 +1,12 @@
+"""python -m synthetic: see synthetic/__init__.py."""
+
+import sys
+
+from synthetic import main
+from utils.errors import DataError
+
+try:
+    main()
+except DataError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

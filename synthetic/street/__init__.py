@@ -1,0 +1,1 @@
+"""A street seen by cameras and radars."""

@@ -1,0 +1,234 @@
+import argparse
+
+import pytest
+
+from tests.training import small_run
+from training import cli
+from utils.errors import DataError, UsageError
+
+
+@pytest.fixture
+def parser():
+    parser = cli.ArgumentParser("train.py", "One.\n\n  Two.")
+    parser.add_argument("--coco_path", default="", help="declared with an underscore")
+    parser.add_argument("--net", choices=("mb1-ssd", "mb2-ssd-lite"), default="mb1-ssd", help="which")
+    parser.add_argument("--data", nargs="+", default=["data"], help="folders")
+    parser.add_argument("--use-cuda", type=cli.boolean, default=True, help="false: the CPU")
+    parser.add_argument("--clip", action=argparse.BooleanOptionalAction, help="yes or no")
+    parser.add_argument("--share", type=cli.probability, default=1.0, help="of something")
+    parser.add_argument("--pair", nargs=2, type=int, help="two")
+    parser.add_argument("--depth", type=cli.prefixed("resnet"), choices=("resnet18", "resnet50"), help="of the network")
+    cli.add_run_arguments(parser)
+    parser.set_defaults(monitor="mAP50")
+    return parser
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.toml"
+        path.write_text(text)
+        return ["--config", str(path)]
+
+    return write
+
+
+def refusal(parser, argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse(argv)
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_defaults(parser):
+    args = parser.parse([])
+    assert (args.lr, args.epochs, args.monitor) == (0.01, 30, "mAP50")
+    assert (args.resume, args.device, args.gpus, args.precision) == ("", "auto", "", "auto")
+    assert (args.accumulate, args.ema, args.clip_norm, args.max_steps, args.seed) == (1, 0.0, 0.0, 0, 0)
+    assert (args.milestones, args.milestone_steps, args.save_epochs) == ([8.0, 11.0], None, [])
+    assert not (args.overwrite or args.eval_only or args.compile or args.preflight or args.sync_bn or args.freeze_bn)
+
+
+def test_default_then_recipe_then_command_line(parser, recipe):
+    args = parser.parse([*recipe("lr = 0.1\nepochs = 7\n"), "--learning_rate", "0.5"])
+    assert (args.lr, args.epochs, args.net) == (0.5, 7, "mb1-ssd")
+
+
+def test_hyphen_and_underscore_are_one_flag(parser, recipe):
+    args = parser.parse(["--num_epochs=3", "--coco-path", "x", "--save_every_steps", "5", "--eval_only"])
+    assert (args.epochs, args.coco_path, args.save_every_steps, args.eval_only) == (3, "x", 5, True)
+    args = parser.parse(recipe("num_epochs = 4\ncoco-path = 'y'\nsave_every_steps = 6\neval-only = true\n"))
+    assert (args.epochs, args.coco_path, args.save_every_steps, args.eval_only) == (4, "y", 6, True)
+
+
+def test_values_and_words_after_a_double_hyphen_are_not_changed(parser):
+    parser.add_argument("rest", nargs="*")
+    args = parser.parse(["--coco_path", "a_b", "--", "--not_a_flag"])
+    assert (args.coco_path, args.rest) == ("a_b", ["--not_a_flag"])
+
+
+def test_recipe_values_have_the_types_of_the_command_line(parser, recipe):
+    lines = ["lr = 1", "data = ['a', 'b']", "milestones = [80, 100]", "use-cuda = false", "clip = true"]
+    args = parser.parse(recipe("\n".join([*lines, "pair = [1, -2]", "depth = 18"])))
+    assert (args.lr, args.data, args.milestones, args.use_cuda) == (1.0, ["a", "b"], [80.0, 100.0], False)
+    assert isinstance(args.lr, float)
+    assert (args.clip, args.pair, args.depth) == (True, [1, -2], "resnet18")
+    args = parser.parse(recipe("data = 'one'\nno-clip = true\ngpus = 0\nresume = ''\n"))
+    assert (args.data, args.clip, args.gpus, args.resume) == (["one"], False, "0", "")
+
+
+def test_recipe_switches(parser, recipe):
+    parser.add_argument("--no-validation", action="store_true")
+    parser.add_argument("--no-flip", dest="flip", action="store_false")
+    args = parser.parse(recipe("no-validation = true\nno_flip = true\neval_only = false\n"))
+    assert (args.no_validation, args.flip, args.eval_only) == (True, False, False)
+    parser.set_defaults(freeze_bn=True)
+    assert parser.parse(recipe("freeze-bn = false")).freeze_bn is False
+    assert parser.parse(recipe("no-freeze-bn = true")).freeze_bn is False
+    assert parser.parse(recipe("no-freeze-bn = false")).freeze_bn is True
+    assert parser.parse([*recipe("freeze-bn = false"), "--freeze-bn"]).freeze_bn is True
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--epoch", "3"], ["unknown flag --epoch", "did you mean --epochs?"]),
+        (["--batch_siz", "3"], ["unknown flag --batch_siz", "did you mean --batch-size?"]),
+        (["--save_every_step=3"], ["did you mean --save-every-steps?"]),
+        (["--accumulate", "0"], ["--accumulate", "0 is below 1"]),
+        (["--ema", "1"], ["--ema", "1 is not below 1"]),
+        (["--clip-norm", "nan"], ["--clip-norm", "nan is below 0"]),
+        (["--max-steps", "1.5"], ["--max-steps", "'1.5' is not a whole number"]),
+        (["--lr", "fast"], ["--lr", "'fast' is not a number"]),
+        (["--weight-decay", "-1"], ["--weight-decay", "-1 is below 0"]),
+        (["--gamma", "inf"], ["--gamma", "inf is not finite"]),
+        (["--share", "1.5"], ["--share", "1.5 is above 1"]),
+        (["--use-cuda", "maybe"], ["--use-cuda", "neither true nor false"]),
+        (["--depth", "19"], ["--depth", "invalid choice: 'resnet19'"]),
+    ],
+)
+def test_bad_command_lines_name_flag_and_reason(parser, argv, parts, capsys):
+    message = refusal(parser, argv, capsys)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("epoch = 3", ["unknown key epoch", "did you mean epochs?"]),
+        ("config = 'b.toml'", ["unknown key config"]),
+        ("zzzzz = 1", ["unknown key zzzzz", "--help"]),
+        ("epochs = 3.5", ["epochs", "'3.5' is not a whole number"]),
+        ("epochs = true", ["epochs", "'true' is not a whole number"]),
+        ("epochs = 'ten'", ["epochs", "'ten' is not a whole number"]),
+        ("epochs = [1, 2]", ["epochs", "'1,2' is not a whole number"]),
+        ("accumulate = 0", ["accumulate", "0 is below 1"]),
+        ("net = 'vgg'", ["net", "invalid choice: 'vgg'", "mb1-ssd", "mb2-ssd-lite"]),
+        ("net = ['mb1-ssd', 'mb2-ssd-lite']", ["net", "invalid choice"]),
+        ("eval-only = 1", ["eval-only", "expected true or false, not 1"]),
+        ("data = []", ["data", "expected at least one argument"]),
+        ("pair = [1]", ["pair", "expected 2 arguments"]),
+        ("lr = 1\nlearning-rate = 2", ["lr and learning-rate are the same flag"]),
+        ("[lr]\nx = 1", ["lr", "a recipe is a flat list"]),
+        ("lr = 1\nepochs = = 2", ["not a TOML file", "line 2"]),
+    ],
+)
+def test_bad_recipes_name_file_key_and_reason(parser, recipe, text, parts, capsys):
+    message = refusal(parser, recipe(text), capsys)
+    assert all(part in message for part in ["recipe.toml", *parts]), message
+
+
+def test_an_error_on_the_command_line_does_not_name_the_recipe(parser, recipe, capsys):
+    assert "recipe.toml" not in refusal(parser, [*recipe("lr = 1"), "--epochs", "0"], capsys)
+
+
+def test_a_missing_recipe_lists_those_nearby(parser, recipe, tmp_path, capsys):
+    recipe("lr = 1")
+    message = refusal(parser, ["--config", str(tmp_path / "recip.toml")], capsys)
+    assert "No such file" in message
+    assert str(tmp_path / "recipe.toml") in message
+
+
+def test_help_keeps_paragraphs_and_shows_informative_defaults(parser):
+    text = parser.format_help()
+    assert "One.\n\n  Two." in text
+    assert "base learning rate (default: 0.01)" in text
+    assert "folders (default: data)" in text
+    assert "then exit\n" in text
+    assert "(default: None)" not in text
+    assert "(default: False)" not in text
+
+
+@pytest.mark.parametrize("error", [UsageError, DataError])
+def test_an_error_of_the_user_becomes_a_line_and_exit_code_2(error, capsys):
+    def main():
+        raise error("a.xml: object 3: no box")
+
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(main)
+    assert capsys.readouterr().err == "error: a.xml: object 3: no box\n"
+
+
+def test_other_errors_keep_their_traceback_and_an_interrupt_has_exit_code_130():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0)
+    with pytest.raises(SystemExit, match="130"):
+        cli.run(interrupted)
+
+
+def test_numbers():
+    assert cli.numbers("80,100.5") == [80.0, 100.5]
+    assert cli.numbers("") == []
+    with pytest.raises(argparse.ArgumentTypeError, match="80,100"):
+        cli.numbers("80;100")
+
+
+def test_options_of_data_sets_come_from_the_flags():
+    parser = cli.ArgumentParser("train.py", "")
+    cli.add_detection_arguments(parser)
+    assert cli.layout_options(parser.parse(["--csv-train", "a", "--csv_val", "b", "--voc-offset", "0"])) == {
+        "coco_sets": ("train2017", "val2017"),
+        "remap_by_name": False,
+        "csv_files": ("a", "b", ""),
+        "voc_offset": 0,
+    }
+    parser = cli.ArgumentParser("train.py", "")
+    cli.add_detection_arguments(parser, masks=True)
+    assert cli.layout_options(parser.parse(["--coco-val", "x"])) == {
+        "coco_sets": ("train2017", "x"),
+        "remap_by_name": False,
+    }
+    parser = cli.ArgumentParser("train.py", "")
+    cli.add_nuscenes_arguments(parser)
+    cli.add_data_arguments(parser)
+    assert cli.nuscenes_options(parser.parse(["--val_split", "val", "--check-data"])) == {
+        "version": "v1.0-trainval",
+        "train_split": "train",
+        "val_split": "val",
+        "skip_missing": False,
+        "cache": None,
+        "check": True,
+    }
+
+
+def test_map50_is_ap50_or_the_map_of_voc_and_nothing_else():
+    assert cli.choose_monitor("mAP50", "AP", ["loss", "AP", "AP50", "mAP", "mAP_11point"]) == "AP50"
+    assert cli.choose_monitor("mAP50", "loss", ["loss", "mAP", "mAP_11point"]) == "mAP"
+    assert cli.choose_monitor("", "loss", ["loss"]) == "loss"
+    with pytest.raises(UsageError, match="--monitor mAP50: not measured"):
+        cli.choose_monitor("mAP50", "loss", ["loss", "NDS", "mAP"])
+
+
+def test_direction_of_metrics():
+    higher = ["AP", "AP50", "mask AP", "mAP", "mAP_11point", "AR100", "mask AR1", "NDS", "top1", "top5"]
+    lower = ["loss", "regression_loss", "mATE", "mAOE", "box_regression", "hm"]
+    assert [name for name in higher + lower if cli.higher_is_better(name)] == higher
+
+
+def test_flags_of_all_scripts_have_their_former_spellings():
+    former = "--num-epochs 3 --learning-rate 1 --checkpoint-folder x --num-workers 1 --debug-steps 5 --lr-step 1,2"
+    former += " --val-intervals 2 --save-point 3,4"
+    new = "--epochs 3 --lr 1 --model-dir x --workers 1 --log-every 5 --milestones 1,2 --validation-epochs 2"
+    assert small_run.flags(former) == small_run.flags(f"{new} --save-epochs 3,4")

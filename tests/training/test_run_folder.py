@@ -1,0 +1,322 @@
+import dataclasses
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training import small_run
+from training import checkpoint, distributed, run_folder
+from training.checkpoint import Progress
+from training.plan import Plan
+from training.run_folder import RunFolder
+from training.signals import StopSignals
+from utils.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def run():
+    return distributed.init_device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run of 4 steps saved at 2 and 4."""
+    return small_run.make(tmp_path / "run")
+
+
+def read_step(path):
+    return checkpoint.read(path)["step"]
+
+
+def save(folder, step, copies=(), keep=0):
+    _, parts, progress = small_run.parts()
+    progress.step = step
+    small_run.save(folder, parts, progress, copies, keep)
+
+
+def test_two_checkpoints_and_the_copies_are_kept(folder):
+    assert (read_step(folder / "last.pt"), read_step(folder / "previous.pt")) == (4, 2)
+    save(folder, 6, copies=["best.pt", "epoch_003.pt", "step_000006.pt"])
+    save(folder, 8)
+    save(folder, 8)
+    names = ["last.pt", "previous.pt", "best.pt", "epoch_003.pt", "step_000006.pt"]
+    assert [read_step(folder / name) for name in names] == [8, 8, 6, 6, 6]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+
+
+def test_copies_without_hard_links(folder, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    save(folder, 6, copies=["best.pt"])
+    assert [read_step(folder / name) for name in ("last.pt", "previous.pt", "best.pt")] == [6, 4, 6]
+
+
+def test_only_the_newest_numbered_copies_are_kept(folder):
+    (folder / "step_final.pt").touch()  # a file of the user's
+    for step in (8, 9, 10):
+        save(folder, step, copies=[f"step_{step:06d}.pt"], keep=2)
+    assert sorted(path.name for path in folder.glob("step_*.pt")) == ["step_000009.pt", "step_000010.pt"]
+    assert read_step(folder / "last.pt") == 10
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("call", range(10))
+def test_a_kill_between_any_two_steps_of_a_save(folder, run, monkeypatch, call):
+    """A whole last.pt, old or new, exists at every moment, and the next save works."""
+    calls, real_unlink = [], Path.unlink
+
+    def watched(function):
+        def wrapper(*arguments):
+            calls.append(function)
+            if len(calls) == call + 1:
+                raise Killed
+            return function(*arguments)
+
+        return wrapper
+
+    def unlink(path, missing_ok=False):  # a killed process cleans nothing up
+        if len(calls) <= call:
+            real_unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        for name in ("link", "replace", "fsync"):
+            patch.setattr(os, name, watched(getattr(os, name)))
+        patch.setattr(torch, "save", watched(torch.save))
+        patch.setattr(Path, "unlink", unlink)
+        try:
+            save(folder, 6, copies=["best.pt"])
+        except Killed:
+            pass
+        else:
+            assert call == 9, "a save has nine calls that a kill can separate"
+    saved = run_folder.open_run(run, folder, "auto")
+    assert saved["step"] in (4, 6)
+    assert Path(saved["file"]).name == "last.pt"
+    assert saved["step"] == 4 or read_step(folder / "best.pt") == 6, "progress would claim a best.pt that is not there"
+    assert read_step(folder / "previous.pt") in (2, 4)
+    save(folder, 7)
+    assert read_step(folder / "last.pt") == 7
+    assert read_step(folder / "previous.pt") == saved["step"]
+
+
+def test_a_full_disk_is_reported_and_leaves_the_old_checkpoint(folder, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UsageError, match=r"last.pt: not written: No space left on device; free some disk space"):
+            save(folder, 6)
+    assert read_step(folder / "last.pt") == 4
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_full_disk_as_torch_reports_it(folder):
+    """As a RuntimeError of its own writer, with the OSError behind it."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(UsageError, match=r"last.pt: not written: File too large"):
+            run_folder.save(folder, {"model": {"a": torch.zeros(10000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert read_step(folder / "last.pt") == 4
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.99])
+def test_auto_falls_back_from_a_truncated_file_and_prints_why(folder, run, share, capsys):
+    small_run.truncate(folder / "last.pt", share)
+    saved = run_folder.open_run(run, folder, "auto")
+    assert saved["step"] == 2
+    printed = capsys.readouterr().out
+    assert str(folder / "last.pt") in printed
+    assert "empty" in printed or "truncated" in printed or "not a PyTorch file" in printed
+    assert f"using {folder / 'previous.pt'}" in printed
+    # The damaged file must not replace the whole one at the next save.
+    assert (folder / "last.pt.damaged").exists()
+    save(folder, 3)
+    assert (read_step(folder / "last.pt"), read_step(folder / "previous.pt")) == (3, 2)
+
+
+def test_auto_without_last_and_with_numbered_copies(folder, run):
+    (folder / "last.pt").unlink()
+    assert run_folder.open_run(run, folder, "auto")["step"] == 2
+    save(folder, 9, copies=["step_000009.pt"])
+    small_run.truncate(folder / "previous.pt")
+    (folder / "last.pt").unlink()
+    assert run_folder.open_run(run, folder, "auto")["step"] == 9
+
+
+def test_auto_without_a_whole_checkpoint(folder, run, tmp_path):
+    assert run_folder.open_run(run, tmp_path / "new", "auto") is None
+    small_run.truncate(folder / "last.pt")
+    small_run.truncate(folder / "previous.pt", 0)
+    reasons = r"no whole checkpoint: .*last.pt: truncated.*previous.pt: is empty.*--overwrite"
+    with pytest.raises(UsageError, match=reasons):
+        run_folder.open_run(run, folder, "auto")
+
+
+def test_a_run_is_not_overwritten_by_accident(folder, run, tmp_path):
+    for name in ("metrics.jsonl", "events.out.tfevents.1", "step_000002.pt", "best.pt", "backbone.pt", "notes.txt"):
+        (folder / name).touch()
+    refused = "it already has a run; continue it with --resume auto, or give --overwrite or another folder"
+    with pytest.raises(UsageError, match=refused):
+        run_folder.open_run(run, folder)
+    assert run_folder.open_run(run, folder, read_only=True) is None
+    assert run_folder.open_run(run, folder, read_only=True, overwrite=True) is None
+    with pytest.raises(UsageError, match=r"--overwrite would remove .*last.pt"):
+        run_folder.open_run(run, folder, "auto", overwrite=True)
+    other = tmp_path / "other"
+    assert run_folder.open_run(run, other, str(folder))["step"] == 4
+    assert run_folder.open_run(run, other, str(folder / "previous.pt"))["step"] == 2
+    save(other, 1)
+    with pytest.raises(UsageError, match=f"other: {refused}"):
+        run_folder.open_run(run, other, str(folder))
+    assert run_folder.open_run(dataclasses.replace(run, rank=1), folder, overwrite=True) is None
+    assert (folder / "last.pt").exists(), "only the main process removes anything"
+    assert run_folder.open_run(run, folder, overwrite=True) is None
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_an_evaluation_needs_the_checkpoint_that_it_names(folder, run, tmp_path):
+    assert run_folder.open_run(run, tmp_path / "x", str(folder), read_only=True)["step"] == 4
+    with pytest.raises(UsageError, match=r"--resume auto: no checkpoint in .*x; checkpoints nearby: .*last.pt"):
+        run_folder.open_run(run, tmp_path / "x", "auto", read_only=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"--resume .*empty: no checkpoint in .*empty; no checkpoint in "):
+        run_folder.open_run(run, tmp_path / "x", str(tmp_path / "empty"))
+
+
+class Evaluator:
+    def write(self, folder):
+        (folder / "table.csv").touch()
+        return ["table.csv"]
+
+    def table(self):
+        return "the table"
+
+
+def opened(path, run, words=""):
+    """(RunFolder, its parts) of a run of `small_run.network`, resumed if `words` ask for it."""
+    folder = RunFolder(small_run.flags(f"--model-dir {path} {words}"), run)
+    _, parts, _ = small_run.parts()
+    plan = Plan(folder.args, 10, lambda line: None)
+    folder.restore(parts["model"], parts["optimizer"], parts["ema"], plan, {"classes": ["a", "b"], "arguments": {}})
+    return folder, folder.parts
+
+
+def test_a_run_is_saved_and_resumed(tmp_path, run, capsys):
+    first, _ = opened(tmp_path, run)
+    assert (first.checkpoint, first.classes, first.progress) == (None, None, Progress())
+    first.progress.step, first.progress.epoch = 7, 2
+    first.save(["epoch_002.pt"])
+    assert not (tmp_path / "best.pt").exists()
+    first.progress.record(0.5, higher_is_better=True)
+    first.save()
+    assert read_step(tmp_path / "best.pt") == 7
+    first.progress.step = 8
+    first.save()
+    assert (read_step(tmp_path / "last.pt"), read_step(tmp_path / "best.pt")) == (8, 7)
+    assert capsys.readouterr().out == ""
+
+    second, parts = opened(tmp_path, run, "--resume --epochs 60")
+    assert (second.classes, second.progress) == (["a", "b"], first.progress)
+    assert checkpoint.fingerprint(parts) == checkpoint.fingerprint(first.parts)
+    printed = capsys.readouterr().out
+    assert printed == f"resumed epoch 2 step 8 lr 1.0e-01 from {tmp_path / 'last.pt'}\n  changed: epochs: 30 -> 60\n"
+    opened(tmp_path / "x", run, f"--resume {tmp_path} --eval-only")
+    assert f"step 8 averaged weights from {tmp_path / 'last.pt'}" in capsys.readouterr().out
+
+
+def test_weights_are_saved_alone_with_the_metadata(tmp_path, run):
+    folder, parts = opened(tmp_path, run)
+    folder.save_weights(parts["model"])
+    saved = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    assert set(saved) == {"format_version", "classes", "arguments", "model"}
+    small_run.network().load_state_dict(saved["model"])
+
+
+def test_weights_that_cannot_be_saved_are_reported(tmp_path, run):
+    folder, parts = opened(tmp_path / "x", run)
+    (tmp_path / "x").touch()  # a file in place of the folder
+    with pytest.raises(UsageError, match=r"backbone.pt: not written: .*; free some disk space"):
+        folder.save_weights(parts["model"])
+
+
+@pytest.mark.parametrize("words", ["--check-data", "--preflight", "--eval-only --weights x.pt"])
+def test_runs_that_do_not_train_leave_nothing(tmp_path, run, words):
+    folder, parts = opened(tmp_path / "new", run, words)
+    folder.save()
+    folder.save_weights(parts["model"])
+    folder.write_lines("labels.txt", ["a"])
+    with folder.logger(Plan(folder.args, 10), str) as logger:
+        logger.log(1, {"x": 1.0})
+    assert not (tmp_path / "new").exists()
+
+
+def test_only_the_main_process_writes(tmp_path, run):
+    folder, parts = opened(tmp_path / "new", dataclasses.replace(run, rank=1))
+    folder.save()
+    folder.save_weights(parts["model"])
+    folder.write_lines("labels.txt", ["a"])
+    assert not (tmp_path / "new").exists()
+    opened(tmp_path, run)[0].write_lines("labels.txt", ["a", "b"])
+    assert (tmp_path / "labels.txt").read_text() == "a\nb\n"
+
+
+@pytest.mark.parametrize("weights", ["none", "auto"])
+def test_an_untrained_network_is_not_evaluated(tmp_path, run, weights):
+    words = f"--model-dir {tmp_path} --eval-only --weights {weights}"
+    with pytest.raises(UsageError, match=r"--eval-only: no weights .*; give --resume auto or --weights FILE"):
+        RunFolder(small_run.flags(words), run)
+
+
+def test_the_logger_has_the_steps_and_flags_of_the_run(tmp_path, run):
+    folder, _ = opened(tmp_path, run)
+    folder.progress.step = 3
+    with folder.logger(Plan(small_run.flags("--steps 5"), 10), str) as logger:
+        assert (logger.total_steps, logger.batch_size) == (5, 4)
+    assert json.loads((tmp_path / "flags.json").read_text())["batch_size"] == 4
+
+
+def test_the_end_of_an_evaluation_writes_and_prints_the_result(tmp_path, run, capsys):
+    folder, _ = opened(tmp_path, run)
+    assert folder.report({"AP": 0.5}, [Evaluator()]) == {"AP": 0.5}
+    assert (tmp_path / "table.csv").exists()
+    assert capsys.readouterr().out == f'{{\n "AP": 0.5\n}}\n{tmp_path}: table.csv written\n'
+
+
+def test_the_end_of_training_prints_the_best_validation(tmp_path, run, capsys):
+    folder, parts = opened(tmp_path, run)
+    folder.progress.step = 3
+    folder.progress.record(0.25, higher_is_better=True)
+    assert folder.finish(StopSignals(run), "AP", {"AP": 0.2}, [Evaluator()]) == {"AP": 0.2}
+    assert capsys.readouterr().out.splitlines()[:2] == ["the table", "best AP 0.25 at step 3"]
+    folder.save_weights(parts["model"])
+    folder.finish(StopSignals(run), "AP", {}, [])
+    assert f"best AP 0.25 at step 3, its weights in {tmp_path / 'backbone.pt'}" in capsys.readouterr().out
+
+
+def test_the_end_after_a_signal_has_its_exit_code(tmp_path, run, capsys):
+    folder, _ = opened(tmp_path, run)
+    with StopSignals(run) as stop:
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        folder.finish(stop, "AP", {}, [])
+    assert "stopped and saved at step 0; continue with --resume auto" in capsys.readouterr().out
+
+
+def test_the_end_of_a_preflight_prints_the_peaks(tmp_path, run, capsys):
+    folder, _ = opened(tmp_path, run, "--preflight")
+    folder.finish(StopSignals(run), "AP", {}, [Evaluator()])
+    assert capsys.readouterr().out.startswith("preflight: peak GPU memory 0 MB, RAM ")

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from utils.errors import DataError, UsageError, UserError, WeightsError
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise DataError(Path("a") / "x.xml", "object 3", "xmax 12\n < xmin 40", "box")
+
+
+def test_a_data_error_is_one_line_of_path_place_and_reason():
+    error = DataError(Path("a") / "x.xml", "object 3", "xmax 12\n < xmin 40", "box")
+    assert str(error) == "a/x.xml: object 3: xmax 12 < xmin 40"
+    assert (error.path, error.place, error.reason, error.kind) == ("a/x.xml", "object 3", "xmax 12 < xmin 40", "box")
+    assert str(DataError("x.csv", reason="is empty")) == "x.csv: is empty"
+    assert DataError("x.csv").kind == "file"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_error_of_a_worker_keeps_its_line(workers):
+    with pytest.raises(DataError) as caught:
+        list(DataLoader(Broken(), num_workers=workers))
+    assert str(caught.value) == "a/x.xml: object 3: xmax 12 < xmin 40"
+
+
+def test_all_errors_of_users_have_one_base_class():
+    assert all(issubclass(error, UserError) for error in (DataError, UsageError, WeightsError))

@@ -1,0 +1,60 @@
+import csv
+import os
+
+import pytest
+
+from utils import files
+
+
+class KilledError(Exception):
+    """Represents a kill in the middle of a write."""
+
+
+def test_files_keep_the_old_contents_when_writing_fails(tmp_path):
+    files.write_text(tmp_path / "a", "old")
+
+    def fail(file):
+        file.write(b"half")
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        files.write(tmp_path / "a", fail)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_contents_are_on_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, function=function: calls.append(name) or function(*a))
+    files.write_text(tmp_path / "new" / "a", "text")
+    assert calls == ["fsync", "replace"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+    files.sync_folder(tmp_path)
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_json_and_csv(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": [1, None]})
+    assert (tmp_path / "a.json").read_text() == '{"a": [1, null]}'
+    rows = [["name", "AP"], ["a, b", "0.5"]]
+    files.write_csv(tmp_path / "a.csv", rows)
+    with open(tmp_path / "a.csv", newline="") as file:
+        assert list(csv.reader(file)) == rows
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_replaces_what_had_it(tmp_path, monkeypatch, links):
+    def refuse(*_):
+        raise PermissionError("no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_text("new")
+    target.write_text("old")
+    for _ in range(2):  # the second time both are names of one file
+        files.link_or_copy(source, target)
+    assert target.read_text() == source.read_text() == "new"
+    assert target.samefile(source) == links
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -1,0 +1,239 @@
+"""Checkpoints: files that hold all that a run needs to continue exactly, and that are read safely.
+
+A checkpoint is a flat dict: `format_version`, state dicts by name (model, optimizer, scaler, ema, plateau), the fields
+of Progress (step, epoch, best, best_step, stale), and plain values (architecture, arguments, classes, flags ...). It is
+always read with `weights_only=True`: code in a file is never run.
+
+    python -m training.checkpoint RUN/last.pt      # epoch, step, sha256 of model and optimizer
+"""
+
+import argparse
+import copy
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from training import cli
+from utils import files, torch_files
+from utils.errors import UsageError
+
+FORMAT_VERSION = 1
+NOT_COMPARED = ("resume", "overwrite", "eval_only", "preflight", "config")  # flags that do not change the training
+FLAG_OF_PART = {"scaler": "--precision", "ema": "--ema", "plateau": "--scheduler"}  # flags that turn a part on
+# flags that set an argument of a network, where their names differ
+FLAG_OF_ARGUMENT = {"radar": "--pointcloud", "threshold": "--frustum", "max_distance": "--max-pc-dist"}
+FLAG_OF_ARGUMENT |= {"depth": "--arch"}
+FREE_ARGUMENTS = {"proposals"}  # may differ from the checkpoint's: the weights mean the same
+
+
+@dataclass
+class Progress:
+    """How far a run is: completed steps and epochs, and the best validation (`best` is None before the first)."""
+
+    step: int = 0
+    epoch: int = 0
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0  # validations since the best one, for --patience
+
+    def record(self, value: float, higher_is_better: bool) -> bool:
+        """Record a validation at the current step; returns whether it is the best so far. NaN never is."""
+        value = float(value)
+        if self.best is None:
+            better = not math.isnan(value)
+        else:
+            better = value > self.best if higher_is_better else value < self.best
+        if better:
+            self.best, self.best_step, self.stale = value, self.step, 0
+        else:
+            self.stale += 1
+        return better
+
+
+def write(path: Path, contents: Mapping[str, Any]) -> None:
+    """Write name -> object with state_dict(), or plain value, to a file that loads with weights_only=True.
+
+    TypeError for a value of any other kind, OSError if the file cannot be written.
+    """
+    plain = {name: _plain(name, _state_of(value)) for name, value in contents.items()}
+    try:
+        files.write(path, lambda file: torch.save({"format_version": FORMAT_VERSION, **plain}, file))
+    except RuntimeError as error:  # torch raises it while it handles the OSError of a full disk
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def read(path: str | Path) -> dict:
+    """The checkpoint of a run, tensors on the CPU, and under `file` its path.
+
+    WeightsError as utils.torch_files.read; UsageError for bare weights and for a newer format.
+    """
+    contents = torch_files.read(path)
+    if "format_version" not in contents or "step" not in contents:
+        tensors = all(isinstance(value, torch.Tensor) for value in contents.values())
+        weights = f"bare weights ({len(contents)} tensors)" if contents and tensors else "weights"
+        raise UsageError(
+            f"{path}: {weights}, not a checkpoint of a run (no optimizer, no step); to start from weights use "
+            f"--weights {path}; to continue a run name its folder or its last.pt"
+        )
+    if contents["format_version"] > FORMAT_VERSION:
+        version = contents["format_version"]
+        raise UsageError(f"{path}: format {version}, this program knows {FORMAT_VERSION}; update it")
+    return {**contents, "file": str(path)}
+
+
+def restore(saved: Mapping[str, Any], parts: Mapping[str, Any], for_evaluation: bool = False) -> Progress:
+    """Load a checkpoint into the objects of a run, in place, exactly; returns its progress.
+
+    parts            name -> object: model, optimizer, scaler, ema, plateau
+    for_evaluation   load the model alone, with the weights that the run evaluates: the averaged ones if it has any
+
+    Tensors and learning rates come from the checkpoint; the optimizer's other settings stay those it was built with, so
+    flags also have their effect after a resume. UsageError names a part that is missing or does not fit.
+    """
+    file, net = saved["file"], parts["model"]
+    needed = ("model", "ema") if for_evaluation else [name for name, part in parts.items() if part.state_dict()]
+    missing = [name for name in (*needed, *asdict(Progress())) if name not in saved]
+    if missing:
+        raise UsageError(f"{file}: {', '.join(missing)} missing, so the run cannot be continued; start a new run")
+    _check_arguments(file, saved.get("arguments", {}), getattr(net, "arguments", {}))
+    if not for_evaluation:
+        for name, part in parts.items():
+            _load_part(file, name, part, saved.get(name, {}))
+    elif saved["ema"]:
+        _load_network(file, "ema", net, saved["ema"]["model"])
+    else:
+        _load_network(file, "model", net, saved["model"])
+    return Progress(**{name: saved[name] for name in asdict(Progress())})
+
+
+def changed_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lines `epochs: 30 -> 60` for the flags, known to both dicts, whose values differ; in order of name."""
+    before, now = _plain("flags", before), _plain("flags", now)
+    names = sorted((before.keys() & now.keys()) - set(NOT_COMPARED))
+    return [f"{name}: {before[name]} -> {now[name]}" for name in names if before[name] != now[name]]
+
+
+def fingerprint(state: Mapping[str, Any]) -> str:
+    """sha256 over the tensors of model and optimizer: names in order, dtype, shape and bytes -> 64 hex digits.
+
+    state: a checkpoint, or any mapping with `model` and `optimizer` as state dicts or as objects that have them.
+    """
+    digest = hashlib.sha256()
+    for name in ("model", "optimizer"):
+        if name in state:
+            _feed(digest, name, _state_of(state[name]))
+    return digest.hexdigest()
+
+
+def _feed(digest, name, value):
+    """Feed every tensor in `value`, nested dicts and lists of tensors, to the hash `digest`, in order of name."""
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(flat.view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            _feed(digest, f"{name}.{key}", value[key])
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _feed(digest, f"{name}.{index}", item)
+
+
+def _state_of(value):
+    state = value.state_dict() if hasattr(value, "state_dict") else value
+    return {**state, "class": type(value).__name__} if isinstance(value, torch.optim.Optimizer) else state
+
+
+def _plain(place, value):
+    """`value` in types that load with weights_only=True; a Path becomes text. TypeError names the place of any other
+    type."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        plain = {key: _plain(f"{place}.{key}", item) for key, item in value.items()}
+        # A state dict stays the object it is: it carries the versions of its modules.
+        return value if all(plain[key] is item for key, item in value.items()) else plain
+    if isinstance(value, (list, tuple)):
+        plain = [_plain(f"{place}[{i}]", item) for i, item in enumerate(value)]
+        return plain if isinstance(value, list) else tuple(plain)
+    if type(value) in (str, int, float, bool, type(None), torch.dtype) or isinstance(value, torch.Tensor):
+        return value
+    raise TypeError(
+        f"checkpoint value {place} is a {type(value).__name__}; save plain values or objects with state_dict()"
+    )
+
+
+def _check_arguments(file, saved, own):
+    """UsageError if the network was built with other arguments than the saved one. The weights might fit all the same
+    but mean something else."""
+    for name in sorted((saved.keys() & own.keys()) - FREE_ARGUMENTS):
+        if saved[name] != own[name]:
+            raise UsageError(
+                f"{file}: its network has {name} {saved[name]}, this run's has {own[name]}; "
+                f"give {FLAG_OF_ARGUMENT.get(name, '--' + name.replace('_', '-'))} as in that run"
+            )
+
+
+def _load_part(file, name, part, state):
+    is_on = bool(part.state_dict())  # what is switched off has an empty state
+    if is_on and not state:
+        raise UsageError(f"{file}: {name} was off in that run and is on now; resume with its {FLAG_OF_PART[name]}")
+    if name == "ema" and state and not is_on:
+        raise UsageError(f"{file}: ema was on in that run and is off now; resume with its --ema")
+    if isinstance(part, nn.Module):
+        _load_network(file, name, part, state)
+    elif isinstance(part, torch.optim.Optimizer):
+        _load_optimizer(file, part, state)
+    else:
+        try:
+            part.load_state_dict(state)
+        except (KeyError, RuntimeError) as error:
+            reason = torch_files.first_line(error)
+            raise UsageError(f"{file}: {name} does not fit: {reason}; use the flags of that run") from None
+
+
+def _load_network(file, name, net, tensors):
+    own = net.state_dict()
+    wrong = torch_files.mismatches(tensors, own)
+    if wrong:
+        raise UsageError(
+            f"{file}: {name} does not fit this network, {len(wrong)} of {len(own)} tensors: {wrong[0]}; "
+            "resume with the network and classes of that run"
+        )
+    net.load_state_dict(tensors)
+
+
+def _load_optimizer(file, optimizer, state):
+    own, kind = optimizer.state_dict()["param_groups"], type(optimizer).__name__
+    if state.get("class", kind) != kind:
+        raise UsageError(
+            f"{file}: its optimizer is {state['class']}, this run's {kind}; resume with the optimizer of that run"
+        )
+    saved_sizes = [(group.get("name"), len(group["params"])) for group in state["param_groups"]]
+    own_sizes = [(group.get("name"), len(group["params"])) for group in own]
+    if saved_sizes != own_sizes:
+        raise UsageError(
+            f"{file}: its optimizer has groups {saved_sizes}, this run's {own_sizes}; "
+            "resume with the --freeze flags of that run"
+        )
+    groups = [{**group, "lr": saved["lr"]} for group, saved in zip(own, state["param_groups"])]
+    # A copy, because the optimizer would go on to write into the caller's tensors.
+    optimizer.load_state_dict({"state": copy.deepcopy(state["state"]), "param_groups": groups})
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Print epoch, step and sha256 (model and optimizer) of checkpoints.")
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    for path in parser.parse_args(argv).files:
+        saved = read(path)
+        print(f"{path} epoch {saved['epoch']} step {saved['step']} sha256 {fingerprint(saved)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

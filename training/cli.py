@@ -1,0 +1,367 @@
+"""Command lines and recipes: default < recipe (TOML, --config) < command line.
+
+A recipe sets flags of its script under any of their names, with hyphens or underscores. A mistyped flag or key is an
+error that names the nearest known one; nothing is abbreviated, guessed or derived.
+"""
+
+import argparse
+import difflib
+import math
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from utils.errors import UsageError, UserError
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the paragraphs of a description, names the value of a flag once, as Python 3.13 does (`-a, --b VALUE`), and
+    ends each line of help with its default, if that is informative."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, "metavar", action.dest.upper())
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default in (None, "", argparse.SUPPRESS) or isinstance(default, bool) or "default:" in action.help:
+            return action.help
+        return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with recipes; hyphens and underscores in the names of flags mean the same."""
+
+    def __init__(self, prog: str, description: str, usage: str | None = None):
+        super().__init__(prog, usage, description, formatter_class=HelpFormatter, allow_abbrev=False)
+        self._recipe = ""  # the file whose keys are being parsed, named in errors
+
+    def error(self, message):
+        super().error(f"{self._recipe}: {message}" if self._recipe else message)
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse `argv` (default: the command line) over the recipe that it names over the defaults.
+
+        Mistakes end in `error` (exit code 2), which names the flag, or the recipe and its key.
+        """
+        argv = self._declared_spellings(sys.argv[1:] if argv is None else argv)
+        finder = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
+        finder.add_argument("--config", default="")
+        self._recipe = finder.parse_known_args(argv)[0].config
+        namespace = self.parse_args(self._recipe_words(self._read_toml(self._recipe))) if self._recipe else None
+        self._recipe = ""
+        return self.parse_args(argv, namespace)
+
+    def _flags(self):
+        """{name without dashes and underscores: (option as declared, its action)} of all long flags."""
+        return {
+            _canonical(option): (option, action)
+            for action in self._actions  # argparse offers no public list
+            for option in action.option_strings
+            if option.startswith("--")
+        }
+
+    def _declared_spellings(self, argv):
+        """`argv` with its long flags in the spelling they were declared with; an unknown flag is an error."""
+        flags, words = self._flags(), []
+        for place, word in enumerate(map(str, argv)):
+            if word == "--":
+                return words + [str(rest) for rest in argv[place:]]
+            if word.startswith("--"):
+                flag, equals, value = word.partition("=")
+                if _canonical(flag) not in flags:
+                    options = [option for option, _ in flags.values()]
+                    self.error(f"unknown flag {flag}{_nearest(flag.replace('_', '-'), options)}")
+                word = flags[_canonical(flag)][0] + equals + value
+            words.append(word)
+        return words
+
+    def _recipe_words(self, recipe):
+        """The command line with the same meaning as the recipe, a dict of keys and values."""
+        flags, words, keys = self._flags(), [], {}
+        del flags["config"], flags["help"]
+        for key, value in recipe.items():
+            name = _canonical(key)
+            if name not in flags:
+                self.error(f"unknown key {key}{_nearest(name, flags)}")
+            option, action = flags[name]
+            if action.dest in keys:
+                self.error(f"{keys[action.dest]} and {key} are the same flag; keep one of them")
+            keys[action.dest] = key
+            if isinstance(value, dict):
+                self.error(f"{key}: is a table; a recipe is a flat list of flags")
+            elif action.nargs == 0:
+                words += self._switch(key, option, action, value)
+            elif isinstance(value, list):
+                items = [_word(item) for item in value]
+                words += [f"{option}={','.join(items)}"] if action.nargs is None else [option, *items]
+            else:
+                words.append(f"{option}={_word(value)}")
+        return words
+
+    def _switch(self, key, option, action, value):
+        """The words for a flag without a value, which a recipe turns on or off."""
+        if not isinstance(value, bool):
+            self.error(f"{key}: expected true or false, not {value!r}")
+        if value:
+            return [option]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return [other for other in action.option_strings if other != option]  # --x and --no-x
+        return []
+
+    def _read_toml(self, path):
+        try:
+            with open(path, "rb") as file:
+                return tomllib.load(file)
+        except OSError as error:
+            nearby = ", ".join(sorted(str(p) for p in Path(path).parent.glob("*.toml"))[:8])
+            self.error(f"{error.strerror}" + (f"; recipes nearby: {nearby}" if nearby else ""))
+        except ValueError as error:  # bad TOML or not UTF-8
+            self.error(f"not a TOML file: {error}")
+
+
+def run(main: Callable[[], object]) -> None:
+    """Call `main()`; a UserError becomes `error: ...` on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def number(kind: type, min_: float, below: float | None = None, max_: float | None = None) -> Callable[[str], float]:
+    """A `type=` for argparse: a finite int or float, at least `min_`, and if given, below `below` or at most `max_`."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole ' if kind is int else 'a '}number") from None
+        if not value >= min_:  # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text} is below {min_}")
+        if below is not None and value >= below:
+            raise argparse.ArgumentTypeError(f"{text} is not below {below}")
+        if max_ is not None and value > max_:
+            raise argparse.ArgumentTypeError(f"{text} is above {max_}")
+        if value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        return value
+
+    convert.metavar = "N" if kind is int else "X"  # in the help
+    return convert
+
+
+count, positive = number(int, 0), number(int, 1)
+non_negative, probability = number(float, 0), number(float, 0, max_=1)
+
+
+def numbers(text: str) -> list[float]:
+    """A `type=` for flags like `--milestones 80,100`."""
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 80,100") from None
+
+
+def boolean(text: str) -> bool:
+    """A `type=` for flags that spell their value out, like `--use-cuda false`."""
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return words[text.lower()]
+
+
+def prefixed(prefix: str) -> Callable[[str], str]:
+    """A `type=` for names that may be given without their prefix: 50 or retinanet_resnet50."""
+    return lambda text: text if text.startswith(prefix) else prefix + text
+
+
+def add_run_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags that every training script has. The script sets its own defaults with set_defaults."""
+    arg = parser.add_argument_group("run").add_argument
+    arg("--config", default="", metavar="TOML", help="recipe: a file that sets flags; the command line overrides it")
+    folder = "run folder: checkpoints, logs and TensorBoard files"
+    arg("--model-dir", "--checkpoint-folder", default="runs/new", metavar="RUN", help=folder)
+    resume = "continue a run at its very next step; without a value: auto, the newest checkpoint in --model-dir"
+    arg("--resume", nargs="?", const="auto", default="", metavar="auto|RUN|FILE", help=resume)
+    arg("--overwrite", action="store_true", help="delete the run in --model-dir and start a new one")
+    arg("--eval-only", action="store_true", help="evaluate the weights of --resume or --weights, then exit")
+    preflight = "run one step and one evaluation on the largest batches, print the peak memory, exit"
+    arg("--preflight", action="store_true", help=preflight)
+    arg("--seed", type=count, default=0, help="random seed of initial weights, data order and augmentation")
+    arg("--log-every", "--debug-steps", type=positive, default=10, metavar="N", help="log every N steps")
+    levels = "warning: no line per step; debug: also print all flags"
+    arg("--log-level", choices=("debug", "info", "warning"), default="info", help=levels)
+
+    arg = parser.add_argument_group("devices").add_argument
+    arg("--device", default="auto", help="auto, cpu, cuda, or one GPU such as cuda:1")
+    arg("--gpus", default="", metavar="0,1", help="several GPUs in one process (DataParallel); see also torchrun")
+    precision = "precision of the forward pass; auto: bf16 on a GPU that computes in it natively, else fp32"
+    arg("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precision)
+    arg("--compile", action="store_true", help="compile the network with torch.compile")
+    arg("--sync-bn", action="store_true", help="synchronize batch norm over all processes (torchrun, GPUs)")
+    arg("--workers", "--num-workers", type=count, default=2, help="data loading processes")
+
+    arg = parser.add_argument_group("training").add_argument
+    arg("--epochs", "--num-epochs", type=positive, default=30, help="passes over the training set")
+    arg("--steps", type=count, default=0, metavar="N", help="length of the run in steps instead of epochs; 0: off")
+    max_steps = "stop after N steps, the learning rate schedule unchanged; 0: no limit"
+    arg("--max-steps", type=count, default=0, metavar="N", help=max_steps)
+    arg("--batch-size", type=positive, default=4, help="images per step, over all GPUs and processes")
+    accumulate = "compute each batch in N micro-batches, to save memory"
+    arg("--accumulate", type=positive, default=1, metavar="N", help=accumulate)
+    arg("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd", help="optimizer")
+    arg("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of sgd")
+    arg("--weight-decay", type=non_negative, default=5e-4, help="weight decay")
+    norms = "weight decay of batch norm and biases; default: --weight-decay"
+    arg("--norm-weight-decay", type=non_negative, metavar="DECAY", help=norms)
+    arg("--clip-norm", type=non_negative, default=0.0, metavar="NORM", help="maximum gradient norm; 0: no clipping")
+    ema = "decay of an exponential moving average of the weights, which is then evaluated; 0: off"
+    arg("--ema", type=number(float, 0, 1), default=0.0, metavar="DECAY", help=ema)
+    frozen = "freeze batch norm, statistics and affine parameters"
+    arg("--freeze-bn", action=argparse.BooleanOptionalAction, default=False, help=frozen)
+
+    arg = parser.add_argument_group("learning rate").add_argument
+    arg("--lr", "--learning-rate", type=non_negative, default=0.01, help="base learning rate")
+    schedules = "learning rate schedule; plateau: times --gamma when an epoch's loss has not fallen for 3 epochs"
+    arg("--scheduler", choices=("constant", "cosine", "multi-step", "plateau"), default="multi-step", help=schedules)
+    arg("--t-max", type=non_negative, default=0, metavar="EPOCHS", help="cosine: epochs until zero; 0: --epochs")
+    milestones = "multi-step: epochs after which the learning rate is multiplied by --gamma"
+    arg("--milestones", "--lr-step", type=numbers, default="8,11", metavar="E,E", help=milestones)
+    in_steps = "the same in steps, such as 150000,300000; replaces --milestones"
+    arg("--milestone-steps", type=numbers, metavar="N,N", help=in_steps)
+    arg("--gamma", type=non_negative, default=0.1, help="factor of multi-step and plateau")
+    arg("--warmup-steps", type=count, default=0, metavar="N", help="linear warm-up over N steps")
+    intended = "batch size that the learning rates are for; 0: unknown"
+    arg("--lr-batch-size", type=count, default=0, metavar="N", help=intended)
+    arg("--scale-lr", action="store_true", help="scale the learning rates from --lr-batch-size to --batch-size")
+
+    arg = parser.add_argument_group("validation, checkpoints, early stopping").add_argument
+    validate = "validate every N epochs"
+    arg("--validation-epochs", "--val-intervals", type=positive, default=1, metavar="N", help=validate)
+    arg("--validation-steps", type=count, default=0, metavar="N", help="validate every N steps instead; 0: off")
+    monitor = "metric that selects best.pt and is used by --patience, such as loss; default: the main one"
+    arg("--monitor", default="", metavar="METRIC", help=monitor)
+    patience = "stop after N validations without improvement; 0: off"
+    arg("--patience", type=count, default=0, metavar="N", help=patience)
+    arg("--save-every-steps", type=count, default=0, metavar="N", help="keep a checkpoint every N steps; 0: off")
+    arg("--save-every-epochs", type=count, default=0, metavar="N", help="keep a checkpoint every N epochs; 0: off")
+    epochs = "also keep the checkpoints of these epochs, such as 20,40"
+    arg("--save-epochs", "--save-point", type=numbers, default="", metavar="E,E", help=epochs)
+    arg("--keep", type=count, default=0, metavar="N", help="keep only the newest N of these checkpoints; 0: all")
+
+
+def add_data_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags about errors in the data and about rare classes that every training script has."""
+    arg = parser.add_argument_group("errors in the data, rare classes").add_argument
+    report = "read the whole data set, list all errors, write data_errors.json, exit (code 2 if there are any)"
+    arg("--check-data", action="store_true", help=report)
+    skip = "what to do with images that cannot be read; skip reads every image once before training"
+    arg("--bad-images", choices=("error", "skip"), default="error", help=skip)
+    arg("--balance-data", action="store_true", help="show images of rare classes more often")
+    weights = "weights of classes in the classification loss; the others have 1"
+    arg("--class-weights", default="", metavar="NAME=W,...", help=weights)
+
+
+def add_detection_arguments(parser: ArgumentParser, masks: bool = False) -> None:
+    """Declare the flags about annotation files that every 2D detector has.
+
+    masks: only those of layouts that can have masks, so none of csv and VOC
+    """
+    arg = parser.add_argument_group("annotation files").add_argument
+    arg("--bad-boxes", choices=("drop", "error"), default="drop", help="what to do with boxes without area")
+    arg("--coco-train", default="train2017", metavar="SET", help="COCO: annotations/instances_SET.json, folder SET")
+    arg("--coco-val", default="val2017", metavar="SET", help="COCO: the same for validation")
+    order = "keep the class order of the checkpoint if the data has the same names in another order"
+    arg("--remap-by-name", action="store_true", help=order)
+    if masks:
+        return
+    rows = "csv: a file of rows path,x1,y1,x2,y2,class (path,,,,, for no box) instead of train.csv in --data"
+    arg("--csv-train", default="", metavar="FILE", help=rows)
+    arg("--csv-val", default="", metavar="FILE", help="csv: the same for validation; required with --csv-train")
+    arg("--csv-classes", default="", metavar="FILE", help="csv: rows name,id; default: the names in the rows")
+    arg("--voc-offset", type=int, choices=(0, 1), default=1, help="VOC: coordinate of the first pixel")
+
+
+def layout_options(args: argparse.Namespace) -> dict:
+    """The options of data.detection.load, from the flags that `add_detection_arguments` declared."""
+    options = {"coco_sets": (args.coco_train, args.coco_val), "remap_by_name": args.remap_by_name}
+    if "voc_offset" in args:
+        options["csv_files"] = (args.csv_train, args.csv_val, args.csv_classes)
+        options["voc_offset"] = args.voc_offset
+    return options
+
+
+def add_nuscenes_arguments(parser: ArgumentParser) -> None:
+    """Declare the flags about the parts of a nuScenes folder that are used, and about errors in it."""
+    arg = parser.add_argument_group("data").add_argument
+    folders = "folder with v1.0-*/, samples/ and sweeps/"
+    arg("--data", "--dataset-root", default="data/nuscenes", help=folders)
+    arg("--version", default="v1.0-trainval", help="folder of the tables")
+    arg("--train-split", default="train", metavar="SPLIT", help="train, mini_train, or a text file of scene names")
+    arg("--val-split", default="mini_val", metavar="SPLIT", help="val, mini_val, or a text file of scene names")
+    arg("--cache-dir", default="", metavar="DIR", help="folder of the parsed tables; default: beside the tables")
+    arg("--skip-missing", action="store_true", help="leave out images and radar sweeps whose files are missing")
+    invalid = "what to do with boxes of an impossible size, place or rotation"
+    arg("--bad-boxes", choices=("drop", "error"), default="drop", help=invalid)
+
+
+def nuscenes_options(args: argparse.Namespace) -> dict:
+    """The options of data.nuscenes.load, from the flags that `add_nuscenes_arguments` declared."""
+    splits = {"train_split": args.train_split, "val_split": args.val_split}
+    options = {"version": args.version, **splits, "skip_missing": args.skip_missing}
+    return {**options, "cache": args.cache_dir or None, "check": args.check_data}
+
+
+def add_resize_arguments(parser: ArgumentParser, min_side: int, max_side: int) -> None:
+    """Declare the size and augmentation of images that keep their aspect ratio, with the defaults in pixels."""
+    arg = parser.add_argument_group("image size, augmentation").add_argument
+    sides = "shortest side in pixels; of several, training draws one per image and validation takes the last"
+    arg("--min-side", type=positive, nargs="+", default=[min_side], metavar="PIXELS", help=sides)
+    arg("--max-side", type=positive, default=max_side, metavar="PIXELS", help="maximum of the longest side")
+    arg("--flip", type=probability, default=0.5, help="probability of a horizontal flip")
+    jitter = "probability of each color change"
+    arg("--color-jitter", "--colour", type=probability, default=0.0, help=jitter)
+
+
+def choose_monitor(name: str, default: str, metrics: Sequence[str]) -> str:
+    """--monitor, or the default if it is not given. UsageError if no evaluation measures such a metric.
+
+    mAP50 is AP at an IoU of 0.5, which `metrics` may call AP50 (COCO) or mAP (VOC).
+    """
+    if name == "mAP50":
+        name = "AP50" if "AP50" in metrics else "mAP" if "mAP_11point" in metrics else name
+    if name and name not in metrics:
+        raise UsageError(f"--monitor {name}: not measured by this run; use one of {', '.join(metrics)}")
+    return name or default
+
+
+def higher_is_better(metric: str) -> bool:
+    """True for AP, AR, accuracy and NDS; False for losses and for nuScenes' errors."""
+    return bool(re.match(r"(mask )?(m?AP|AR|NDS|top)", metric))
+
+
+def _canonical(name):
+    return name.lstrip("-").replace("_", "-")
+
+
+def _word(value):
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _nearest(name, known):
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else "; see --help"

@@ -1,0 +1,237 @@
+"""The folder of a run: created or refused, continued from, saved to.
+
+RUN/last.pt  previous.pt  best.pt          the latest checkpoint, the one before it, the best one
+RUN/epoch_012.pt  step_000200.pt           numbered copies, if flags ask for them
+RUN/metrics.jsonl  flags.json  versions.json  events.out.tfevents.*
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from training import checkpoint, memory
+from training.checkpoint import Progress
+from training.distributed import Run
+from training.ema import Ema
+from training.logger import Logger
+from training.plan import Plan
+from training.signals import StopSignals
+from utils import files, torch_files
+from utils.errors import UsageError, UserError
+
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+NUMBERED = ("epoch_*.pt", "step_*.pt")  # named by training.plan
+WEIGHTS = "backbone.pt"  # weights alone, see RunFolder.save_weights
+LOGS = ("metrics.jsonl", "nan_report.json", "events.out.tfevents.*")
+RUN_FILES = ("new.pt", LAST, PREVIOUS, BEST, WEIGHTS, *NUMBERED, "*.pt.tmp", "*.pt.damaged", *LOGS)
+
+
+class RunFolder:
+    """The folder --model-dir of a run, and what its checkpoints contain.
+
+    path         Path
+    checkpoint   the checkpoint that this run continues or evaluates, or None
+    classes      the class names in it, or None
+    progress     of the run; `restore` sets it to that of the checkpoint
+    """
+
+    def __init__(self, args: argparse.Namespace, run: Run):
+        """Every process calls this. UsageError if the folder is refused, see `open_run`, and for --eval-only without
+        weights to evaluate."""
+        if args.eval_only and not args.resume and args.weights in ("none", "auto"):
+            raise UsageError("--eval-only: no weights to evaluate; give --resume auto or --weights FILE")
+        self.args, self.run, self.path = args, run, Path(args.model_dir)
+        self.writes = not (args.check_data or args.eval_only or args.preflight)  # checkpoints and logs
+        self.checkpoint = None
+        if not args.check_data:
+            self.checkpoint = open_run(run, self.path, args.resume, args.overwrite, read_only=not self.writes)
+        self.classes = self.checkpoint["classes"] if self.checkpoint else None
+        self.parts, self.metadata, self.progress = {}, {}, Progress()
+
+    def restore(
+        self, net: nn.Module, optimizer: Optimizer, ema: Ema, plan: Plan, metadata: Mapping[str, Any]
+    ) -> Progress:
+        """Load the checkpoint, if there is one, into these objects, and remember what later checkpoints contain.
+
+        metadata   plain values that describe the model, see models.describe
+        """
+        args, saved, parts = self.args, self.checkpoint, {"model": net, "optimizer": optimizer}
+        parts |= {"scaler": self.run.scaler, "ema": ema, "plateau": plan.plateau}
+        self.parts, self.metadata = parts, metadata
+        if saved:
+            self.progress = checkpoint.restore(saved, parts, args.eval_only)
+            loaded = f"lr {optimizer.param_groups[0]['lr']:.1e}"
+            if args.eval_only:
+                loaded = "averaged weights" if saved["ema"] else "weights"
+            step, file = self.progress.step, saved["file"]
+            self.run.print(f"resumed epoch {self.progress.epoch} step {step} {loaded} from {file}")
+            for line in checkpoint.changed_flags(saved["flags"], vars(args)):
+                self.run.print(f"  changed: {line}")
+        return self.progress
+
+    def logger(self, plan: Plan, image_path: Callable[[int], str]) -> Logger:
+        """The log of the run; image_path(image_id) is the file of a training image."""
+        flags, first_step = vars(self.args), self.progress.step
+        return Logger(
+            self.path, self.run, plan.total_steps, first_step, self.args.batch_size, flags, image_path, self.writes
+        )
+
+    def save(self, copies: Sequence[str] = ()) -> None:
+        """Save a checkpoint as last.pt, under the names `copies`, and after the best validation so far as best.pt."""
+        if self.writes and self.run.is_main:
+            if self.progress.best is not None and self.progress.best_step == self.progress.step:
+                copies = [BEST, *copies]
+            contents = {**self.parts, **self.metadata, "flags": vars(self.args), **vars(self.progress)}
+            save(self.path, contents, copies, self.args.keep)
+
+    def save_weights(self, net: nn.Module) -> None:
+        """Write backbone.pt: the weights of `net` and the metadata, for other training runs to start from."""
+        if self.writes and self.run.is_main:
+            try:
+                checkpoint.write(self.path / WEIGHTS, {**self.metadata, "model": net})
+            except OSError as error:
+                raise _not_written(self.path / WEIGHTS, error) from error
+
+    def write_lines(self, name: str, lines: Sequence[str]) -> None:
+        """Write a text file into the folder."""
+        if self.writes and self.run.is_main:
+            files.write_text(self.path / name, "".join(f"{line}\n" for line in lines))
+
+    def report(self, metrics: Mapping[str, float], evaluators: Sequence) -> Mapping[str, float]:
+        """The end of --eval-only: write the evaluators' files, print the metrics, return them."""
+        if self.run.is_main:
+            written = [name for evaluator in evaluators for name in evaluator.write(self.path)]
+            self.run.print(json.dumps(metrics, indent=1))
+            self.run.print(f"{self.path}: {', '.join(written)} written")
+        self.run.close()
+        return metrics
+
+    def finish(
+        self, stop: StopSignals, monitor: str, metrics: Mapping[str, float], evaluators: Sequence
+    ) -> Mapping[str, float]:
+        """The end of training: print the result, return the metrics. SystemExit with code 130 or 143 after a signal."""
+        self.run.close()
+        progress = self.progress
+        if self.args.preflight:
+            self.run.print(f"preflight: {memory.peaks()}")
+            return metrics
+        if stop.signal:
+            self.run.print(f"stopped and saved at step {progress.step}; continue with --resume auto")
+            raise SystemExit(stop.exit_code)
+        for evaluator in evaluators:
+            self.run.print(evaluator.table())
+        if progress.best is not None:
+            weights = f", its weights in {self.path / WEIGHTS}" if (self.path / WEIGHTS).is_file() else ""
+            self.run.print(f"best {monitor} {progress.best:.4g} at step {progress.best_step}{weights}")
+        self.run.print(f"checkpoints, curves and images: tensorboard --logdir {self.path}")
+        return metrics
+
+
+def save(folder: Path, contents: Mapping[str, Any], copies: Sequence[str] = (), keep: int = 0) -> None:
+    """Write FOLDER/last.pt (see checkpoint.write); the last.pt before it becomes previous.pt. For one process only.
+
+    copies   further names for it
+    keep     how many numbered copies of each kind remain, the newest; 0: all
+
+    If the process is killed at any moment, the folder has a whole last.pt, old or new. UsageError if it cannot be
+    written.
+    """
+    new, last = folder / "new.pt", folder / LAST
+    try:
+        checkpoint.write(new, contents)
+        for name in copies:  # before last.pt: its progress says that best.pt exists
+            files.link_or_copy(new, folder / name)
+        if last.exists():
+            files.link_or_copy(last, folder / PREVIOUS)  # a second name, so that last.pt exists at every moment
+        new.replace(last)
+        for pattern in NUMBERED if keep else ():
+            for old in sorted(folder.glob(pattern), key=_number_of)[:-keep]:
+                old.unlink()
+        files.sync_folder(folder)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise _not_written(last, error) from error
+
+
+def open_run(run: Run, folder: Path, resume: str = "", overwrite: bool = False, read_only: bool = False) -> dict | None:
+    """Decide what a run starts from: the checkpoint to restore (see checkpoint.read), or None for a new run.
+
+    resume      "" for a new run; "auto" for the newest whole checkpoint in `folder`, if any; a run folder; a file
+    overwrite   remove the run in the folder
+    read_only   neither refuse nor remove anything
+
+    A new run, or one that continues another folder's, is refused with a UsageError if `folder` has a run, unless
+    `overwrite`. Every process calls this.
+    """
+    saved = _open(run, folder, resume, overwrite, read_only)
+    steps = run.gather(saved["step"] if saved else 0)
+    if len(set(steps)) > 1:
+        raise UsageError(
+            f"{folder}: processes start from different steps {steps}; use a folder that all machines share"
+        )
+    return saved
+
+
+def _open(run, folder, resume, overwrite, read_only):
+    source = folder if resume == "auto" else Path(resume)
+    saved, damaged = None, []
+    if resume == "auto" or (resume and source.is_dir()):
+        saved, damaged = _newest(run, source)
+        if saved is None and (resume != "auto" or read_only):
+            raise UsageError(f"--resume {resume}: no checkpoint in {source}; {torch_files.checkpoints_nearby(source)}")
+    elif resume:
+        saved = checkpoint.read(source)
+    if read_only:
+        return saved
+    if saved and Path(saved["file"]).resolve().parent == folder.resolve():
+        if overwrite:
+            raise UsageError(f"--overwrite would remove {saved['file']}, which --resume continues; give one of them")
+        for path in damaged if run.is_main else ():
+            path.replace(f"{path}.damaged")  # else the next save would make it previous.pt, over the whole one
+        return saved
+    if not overwrite and any((folder / name).exists() for name in (LAST, PREVIOUS)):
+        raise UsageError(
+            f"{folder}: it already has a run; continue it with --resume auto, or give --overwrite or another folder"
+        )
+    if overwrite and run.is_main:
+        for path in [path for pattern in RUN_FILES for path in folder.glob(pattern)]:
+            path.unlink()
+    return saved
+
+
+def _newest(run, folder):
+    """(newest whole checkpoint in `folder`, None if there is no file; paths of the damaged ones that are newer)"""
+    others = [path for pattern in (*NUMBERED, BEST) for path in folder.glob(pattern)]
+    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    damaged, reasons = [], []
+    for path in [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()] + others:
+        try:
+            saved = checkpoint.read(path)
+        except UserError as error:
+            damaged.append(path)
+            reasons.append(str(error).split(";")[0])
+            continue
+        if reasons:
+            run.print(f"{'; '.join(reasons)}; using {path}")
+        return saved, damaged
+    if damaged:
+        raise UsageError(
+            f"no whole checkpoint: {'; '.join(reasons)}; start a new run with --overwrite and without --resume"
+        )
+    return None, []
+
+
+def _number_of(path):
+    """The number in the name of a numbered copy; 0 for a file of the user's that only looks like one."""
+    number = path.stem.rpartition("_")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def _not_written(path, error):
+    reason = error.strerror or error
+    return UsageError(f"{path}: not written: {reason}; free some disk space, then --resume auto")

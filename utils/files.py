@@ -1,0 +1,68 @@
+"""Atomic file writing: under a temporary name, flushed to disk, then renamed."""
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def write(path: Path, write_to: Callable[[BinaryIO], object]) -> None:
+    """Write `path` by calling `write_to(file)`: at any moment it has either its old or its new contents.
+
+    Its folder is created if there is none. OSError if it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write_to(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8."""
+    write(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write plain values as JSON."""
+    write_text(path, json.dumps(value, indent=indent))
+
+
+def write_csv(path: Path, rows: Iterable[Iterable]) -> None:
+    """Write rows of values as CSV."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give the contents of `source` a second name; a copy where the file system has no hard links."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with open(source, "rb") as original:
+            write(target, lambda file: shutil.copyfileobj(original, file))
+        return
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # renaming one of two names of the same file onto the other leaves both
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in `folder` to disk, as fsync does for the contents of a file."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and need not be
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,1 @@
+"""Boxes, masks, cameras and radar drawn on images, and galleries of them."""
