@@ -197,7 +197,7 @@ def test_eval_only_gives_the_last_validation_again(script, trained, run_copy):
     written = run_copy / {"maskrcnn": "detections_masks.json", "centerfusion": "submission.json"}.get(
         script.name, "per_class.csv"
     )
-    written.unlink()
+    written.unlink(missing_ok=True)
     again = script.main(run_copy, "--resume", "auto", "--eval-only")
     assert {name: again[name] for name in metrics} == pytest.approx(metrics)
     assert {path: path.read_bytes() for path in run_copy.glob("*.pt")} == before

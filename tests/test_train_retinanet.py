@@ -35,7 +35,7 @@ def test_loss_and_sizes(script, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_twelve_numbers_are_those_of_pycocotools_on_the_written_file(script, tmp_path):
     """A threshold of 0 keeps the boxes of a hardly trained network, and a few of them overlap the ground truth."""
-    more = ["--max-steps", 30, "--score-threshold", 0, "--lr", 1e-3, "--no-freeze-bn", "--match-best"]
+    more = ["--max-steps", 10, "--score-threshold", 0, "--lr", 1e-3, "--no-freeze-bn", "--match-best"]
     metrics = script.main(tmp_path, *more, "--validation-epochs", 99)
     truth = COCO(str(script.data / "annotations" / "instances_val2017.json"))
     scored = COCOeval(truth, truth.loadRes(str(tmp_path / "detections.json")), "bbox")

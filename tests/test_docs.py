@@ -1,0 +1,71 @@
+"""The docs: links resolve, commands parse, and the README stays short."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import synthetic
+from benchmarks import __main__ as benchmarks
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "configs").glob("*.toml"))
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+COMMAND = re.compile(
+    r"(?:python|torchrun [^`]*?) ((?:train_\w+|predict|export)\.py [^`\n]*|-m (?:synthetic|benchmarks)[^`\n]*)"
+)
+PARSERS = {"synthetic": synthetic.parse_args, "benchmarks": benchmarks.parse_args}
+
+
+def commands(text):
+    """Command lines of this project in a text; not those with placeholders, and not those of other programs."""
+    lines = [line.removeprefix("$").lstrip("# ").strip() for line in text.replace(".venv/bin/", "").splitlines()]
+    return [words for line in lines for words in COMMAND.findall(line) if "..." not in words and "LAYOUT" not in words]
+
+
+def anchors(page):
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_images_resolve(page):
+    for link in LINK.findall(page.read_text()):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES, ROOT / "Makefile"], ids=lambda page: page.name)
+def test_commands_parse(page, monkeypatch):
+    monkeypatch.chdir(ROOT)  # recipes are named relative to it
+    text = page.read_text().replace("$(BIN)/", "")
+    for words in commands(text):
+        script, *argv = shlex.split(words.removeprefix("-m "))
+        parse = PARSERS.get(script) or importlib.import_module(script.removesuffix(".py")).parse_args
+        if argv not in ([], ["--help"]):
+            parse(argv)
+
+
+def test_the_commands_are_seen():
+    readme = commands((ROOT / "README.md").read_text())
+    scripts = {words.removeprefix("-m ").split()[0] for words in readme}
+    assert scripts >= {"train_backbone.py", "train_retinanet.py", "train_ssd.py", "train_maskrcnn.py", "predict.py"}
+    assert scripts >= {"train_centerfusion.py", "synthetic"}
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+def test_images_are_small():
+    images = list((ROOT / "docs" / "images").iterdir())
+    assert images
+    assert sum(image.stat().st_size for image in images) < 1.5e6
