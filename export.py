@@ -51,17 +51,19 @@ def parse_args(argv):
     parser = cli.ArgumentParser("export.py", __doc__)
     arg = parser.add_argument
     arg("checkpoint", help="best.pt or last.pt of a run (averaged weights if it has any), or a published file")
-    arg("--out", default="", metavar="FILE", help="ONNX file; default: CHECKPOINT.onnx unless --state-dict is given")
+    out = "ONNX file; default: the checkpoint's name with .onnx, unless --state-dict is given"
+    arg("--out", default="", metavar="FILE", help=out)
     names = "write a bare state dict with the names of dusty-nv's, torchvision's or yhenon's files"
     arg("--state-dict", "--weights", dest="state_dict", default="", metavar="FILE", help=names)
     arg = parser.add_argument_group("ONNX").add_argument
-    arg("--layout", choices=onnx.LAYOUTS, default="sightline", help="jetson: input_0, scores, boxes, labels.txt")
+    layout = "names and form of inputs and outputs: see above, or as jetson-inference loads them"
+    arg("--layout", choices=onnx.LAYOUTS, default="sightline", help=layout)
     arg("--batch", type=cli.positive, default=1, help="batch size of the input, fixed")
     arg("--dynamic-batch", action="store_true", help="any batch size")
     size = "size of the input in pixels; default: that of the checkpoint, of a RetinaNet its --min-side and --max-side"
     arg("--size", type=cli.positive, nargs=2, metavar=("H", "W"), help=size)
     arg("--nms", action="store_true", help="put NMS into the graph: its outputs are boxes, labels, scores")
-    arg("--threshold", type=cli.non_negative, help="minimum score with --nms; default: that of evaluation")
+    arg("--threshold", type=cli.probability, help="minimum score with --nms (default: 0.01, RetinaNet 0.05)")
     arg("--opset", type=cli.number(int, 17), help="ONNX opset version; default: 18, or 19 where the network needs it")
     tolerance = "maximum difference from this program; relative for outputs above 1, such as boxes in pixels"
     arg("--tolerance", type=cli.non_negative, default=3e-4, help=tolerance)

@@ -66,8 +66,8 @@ def parse_args(argv):
     arg = parser.add_argument_group("nuScenes, for CenterFusion").add_argument
     version = "folder of the tables (default: the first that exists of v1.0-mini, v1.0-trainval, v1.0-test)"
     arg("--version", default="", help=version)
-    arg("--split", default="", help="mini_val, val, ... (default: what the tables contain, validation first)")
-    arg("--samples", type=cli.count, default=8, metavar="N", help="key frames, evenly spaced; 0: all")
+    arg("--split", default="", help="mini_val, val, ... (default: the first with images, validation before training)")
+    arg("--samples", type=cli.count, default=8, metavar="N", help="number of key frames, evenly spaced; 0: all")
     arg("--cache-dir", default="", metavar="DIR", help="where the parsed tables are kept; default: beside them")
     return parser.parse(argv)
 
@@ -203,7 +203,10 @@ def predict_nuscenes(net, names, args, run, threshold, labels):
         flags["radar_sweeps"] * use_radar, net.arguments["max_distance"], flags["pc_z_offset"]
     )
     dataset = nuscenes.load_available(args.inputs[0], args.version, args.split, radar, args.cache_dir or None)
-    key_frames, resize = splits.select_key_frames(dataset, args.samples), nuscenes_transforms.evaluate(net.image_size)
+    key_frames, resize = (
+        splits.select_key_frames(dataset, args.samples),
+        nuscenes_transforms.centerfusion_eval(net.image_size),
+    )
     print(f"{len(key_frames)} key frames (--samples) of {dataset.version}, {dataset.split}: {dataset.summary()}")
     pixels = {"mean": net.image_mean, "std": net.image_std, "device": run.device, "stride": STRIDE}
     pixels |= {"radar": use_radar, "dims": flags["pillar_dims"]}

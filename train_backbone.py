@@ -54,7 +54,7 @@ def parse_args(argv):
 
     arg = parser.add_argument_group("network, loss").add_argument
     arg("--arch", "--net", choices=tuple(backbones.NETWORKS), default="resnet18", help="network architecture")
-    width = "mobilenet_v2: width multiplier; train_ssd.py takes only whole numbers"
+    width = "mobilenet_v2: width multiplier; for train_ssd.py a whole number"
     arg("--width-mult", type=cli.non_negative, default=1.0, help=width)
     start = "weights to start from: a file of this network; imagenet: torchvision's, downloaded"
     arg("--weights", default="none", metavar="imagenet|none|FILE", help=start)
@@ -166,8 +166,7 @@ def main(argv=None):
     sample_ids = set(range(0, len(val_set), -(-len(val_set) // 16)))  # 16 images to draw, from all classes
 
     # train
-    logger, metrics, evaluators = run_folder.logger(plan, train_set.image_path), {}, []
-    with logger, StopSignals(run) as stop, memory.advice(run, args, size):
+    with run_folder.logger(plan, train_set) as logger, StopSignals(run) as stop, memory.advice(run, args, size):
         for images, labels, image_ids in logger.steps(train_loader):
             run.seed_step(progress.step + 1)  # dropout, mixup
             plan.set_lr(optimizer, progress.step)
@@ -199,7 +198,7 @@ def main(argv=None):
                 run_folder.save(due.copies)
             if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    return run_folder.finish(stop, monitor, metrics, evaluators)
+    return run_folder.finish(stop, monitor, logger.metrics, logger.evaluators)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import torch
 import models
 from data import checks, classes, loader, nuscenes
 from data.nuscenes import transforms
-from evaluation import nuscenes_devkit
 from evaluation.nuscenes import MEASURES, NuScenesEvaluator, score_ground_truth
 from losses import assignment, centerfusion
 from models import pretrained
@@ -26,6 +25,7 @@ from training.plan import Plan
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 from utils.errors import UsageError
+from utils.nuscenes import devkit_is_installed
 from visualize import draw3d
 
 USAGE = "python train_centerfusion.py --data FOLDER --pointcloud --velocity --nuscenes-att --model-dir RUN [flags]"
@@ -39,23 +39,24 @@ def parse_args(argv):
     arg = parser.add_argument_group("image size, augmentation").add_argument
     arg("--input-size", type=int, nargs=2, default=[448, 800], metavar=("H", "W"), help="in pixels, multiples of 32")
     arg("--flip", type=cli.probability, default=0.5, help="probability of a horizontal flip")
-    shift = "standard deviation of the shift in longer sides of the image, clipped at twice that"
+    shift = "standard deviation of a random shift, as a share of the longer side; at most twice that"
     arg("--shift", type=cli.non_negative, default=0.1, help=shift)
-    scale = "standard deviation of the zoom, clipped at that"
+    scale = "standard deviation, and maximum, of a random zoom"
     arg("--scale", type=cli.number(float, 0, 1), default=0.0, help=scale)
-    jitter = "probability of each color change"
-    arg("--color-jitter", "--colour", type=cli.probability, default=0.5, help=jitter)
+    arg("--color-jitter", "--colour", type=cli.probability, default=0.5, help="probability of each color change")
     nothing = "accepted, without effect: training always shuffles and never crops"
     arg("--shuffle-train", "--not-rand-crop", action="store_true", help=nothing)
 
     arg = parser.add_argument_group("radar").add_argument
     arg("--pointcloud", action="store_true", help="use radar; without it, the camera alone")
     arg("--radar-sweeps", type=cli.number(int, 1, 7), default=3, help="sweeps per radar, 1 to 6")
-    arg("--pc-z-offset", type=float, default=0.0, metavar="METERS", help="raise radar points by this height")
+    height = "raise radar points by this height"
+    arg("--pc-z-offset", type=cli.number(float, -10, 10), default=0.0, metavar="METERS", help=height)
     dims = "height, width and length of the pillar that a point becomes, in meters"
     arg("--pillar-dims", type=cli.numbers, default="1.5,0.2,0.2", metavar="H,W,L", help=dims)
-    arg("--max-pc-dist", type=float, default=60.0, metavar="METERS", help="drop radar points beyond this distance")
-    frustum = "depth range in which a box looks for radar points; paper: half the extent of the box"
+    distance = "drop radar points beyond this distance"
+    arg("--max-pc-dist", type=cli.non_negative, default=60.0, metavar="METERS", help=distance)
+    frustum = "depth range in which a box looks for radar points, as in the published code or in the paper (2/3 of it)"
     arg("--frustum", choices=("published", "paper"), default="published", help=frustum)
 
     arg = parser.add_argument_group("network").add_argument
@@ -69,20 +70,22 @@ def parse_args(argv):
     arg("--velocity", action="store_true", help="train the velocity head")
     arg("--nuscenes-att", action="store_true", help="train the attribute head")
     arg("--run-dataset-eval", action="store_true", help="validate with nuscenes-devkit's official score too")
-    arg("--flip-test", action="store_true", help="validate on the mean over each image and its mirror image")
+    mirror = "validate on the mean of the outputs for each image and its mirror image"
+    arg("--flip-test", action="store_true", help=mirror)
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
     published = {"batch_size": 32, "lr_batch_size": 32, "workers": 4, "optimizer": "adam", "lr": 2.5e-4}
     published |= {"weight_decay": 0.0, "epochs": 60, "milestones": "50", "save_epochs": "20,40,50"}
     parser.set_defaults(model_dir="runs/centerfusion", **published)
-    run = {"dest": "model_dir", "type": cli.prefixed("runs/")}
-    parser.add_argument("--exp-id", metavar="NAME", help="the same as --model-dir runs/NAME", **run)
+    parser.add_argument("--exp-id", default="", metavar="NAME", help="the same as --model-dir runs/NAME")
     args = parser.parse(argv)
-    if args.run_dataset_eval and args.monitor in MEASURES and not nuscenes_devkit.is_installed():
+    if args.exp_id and args.model_dir == parser.get_default("model_dir"):
+        args.model_dir = f"runs/{args.exp_id}"
+    if args.run_dataset_eval and args.monitor in MEASURES and not devkit_is_installed():
         raise UsageError(f"--monitor {args.monitor}: first do pip install -r requirements-nuscenes.txt")
     if any(side <= 0 or side % 32 for side in args.input_size):
         raise UsageError(f"--input-size {args.input_size}: height and width must be multiples of 32, as 448 800")
-    if len(args.pillar_dims) != 3 or not all(0 < side < float("inf") for side in args.pillar_dims):
+    if len(args.pillar_dims) != 3 or not all(args.pillar_dims):
         raise UsageError(f"--pillar-dims {args.pillar_dims}: must be three numbers above 0, as 1.5,0.2,0.2")
     return args
 
@@ -145,15 +148,15 @@ def main(argv=None):
     if not run_folder.checkpoint:
         pretrained.init_weights(net, args.weights, args.backbone_weights, run.is_main, args.eval_only, run.print)
     net.to(run.device, memory_format=torch.channels_last)
-    train_set.transform = transforms.train(size, args.flip, args.shift, args.scale, args.color_jitter)
-    val_set.transform = transforms.evaluate(size)
+    train_set.transform = transforms.centerfusion_train(size, args.flip, args.shift, args.scale, args.color_jitter)
+    val_set.transform = transforms.centerfusion_eval(size)
     frozen = net.stages() if args.freeze_backbone else []
     optim.set_train_mode(net, frozen, args.freeze_bn)
 
     # loss
     class_weights = classes.class_weights(args.class_weights, net.classes, run.device)
     weights = {"weights": centerfusion.WEIGHTS | trained, "class_weights": class_weights}
-    loss_sums = functools.partial(centerfusion.loss_sums, **weights)
+    loss_sums, criterion = (functools.partial(loss, **weights) for loss in (centerfusion.loss_sums, centerfusion.loss))
     assign = functools.partial(centerfusion.assign, size=[side // STRIDE for side in size], stride=STRIDE, **limits)
     pixels = {"mean": net.image_mean, "std": net.image_std, "device": run.device, "stride": STRIDE}
     inputs_of = functools.partial(radar.network_inputs, radar=args.pointcloud, dims=args.pillar_dims, **pixels)
@@ -172,11 +175,11 @@ def main(argv=None):
     validate = functools.partial(
         evaluate, net, run=run, inputs_of=inputs_of, assign=assign, loss_sums=loss_sums, flip_test=args.flip_test
     )
-    scorer = functools.partial(NuScenesEvaluator, args.data, args.version, args.val_split, args.pointcloud)
+    new_evaluator = functools.partial(NuScenesEvaluator, args.data, args.version, args.val_split, args.pointcloud)
     if args.run_dataset_eval and run.is_main and not args.preflight:
-        run.print(score_ground_truth(scorer(merge_distance=0.5), map(val_set.annotation, range(len(val_set)))))
+        run.print(score_ground_truth(new_evaluator(merge_distance=0.5), map(val_set.annotation, range(len(val_set)))))
     if args.eval_only:
-        metrics, evaluators, _ = validate(val_loader, scorer(print=run.print))
+        metrics, evaluators, _ = validate(val_loader, new_evaluator(print=run.print))
         return run_folder.report(metrics, evaluators)
     balance = train_set.balance_weights() if args.balance_data else None
     sampler = loader.StepSampler(
@@ -188,8 +191,7 @@ def main(argv=None):
         train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest)
 
     # train
-    logger, metrics, evaluators = run_folder.logger(plan, train_set.image_path), {}, []
-    with logger, StopSignals(run) as stop, memory.advice(run, args, size):
+    with run_folder.logger(plan, train_set) as logger, StopSignals(run) as stop, memory.advice(run, args, size):
         for images, targets in logger.steps(train_loader):
             plan.set_lr(optimizer, progress.step)
             image_ids = [target["image_id"] for target in targets]
@@ -199,8 +201,7 @@ def main(argv=None):
             for part, part_matched in assignment.micro_batches(args.accumulate, images, matched):
                 with run.autocast():
                     outputs = wrapped(part, association=part_matched.get("radar"))
-                sums = loss_sums(outputs, part_matched)
-                losses = {head: (terms / counts).sum() for head, terms in sums.items()}
+                losses = criterion(outputs, part_matched, counts)
                 run.scaler.scale(sum(losses.values())).backward()
                 logger.add(progress.step + 1, losses, image_ids)
             optim.step(optimizer, run.scaler, net, args.clip_norm)
@@ -212,16 +213,17 @@ def main(argv=None):
             if due.validate:
                 run_folder.save()  # if the validation is killed, no step is lost
                 with ema.applied(net), logger.paused():
-                    official = scorer(print=run.print) if args.run_dataset_eval and not args.preflight else None
+                    official = new_evaluator(print=run.print) if args.run_dataset_eval and not args.preflight else None
                     metrics, evaluators, samples = validate(val_loader, official, num_samples=4)
+                    progress.record(metrics[monitor], cli.higher_is_better(monitor))
                 optim.set_train_mode(net, frozen, args.freeze_bn)
-                logger.log_validation(progress.step, metrics, evaluators, draw3d.truth_and_predictions(samples))
-                progress.record(metrics[monitor], cli.higher_is_better(monitor))
+                images = draw3d.truth_and_predictions(samples)
+                logger.log_validation(progress.step, metrics, evaluators, images)
             if due.save:
                 run_folder.save(due.copies)
             if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    return run_folder.finish(stop, monitor, metrics, evaluators)
+    return run_folder.finish(stop, monitor, logger.metrics, logger.evaluators)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ images of the validation set. Published COCO box and mask AP of maskrcnn_resnet5
 """
 
 import functools
+from pathlib import Path
 
 import torch
 
@@ -53,7 +54,7 @@ def parse_args(argv):
     arg = parser.add_argument_group("network").add_argument
     networks = {"choices": tuple(models.maskrcnn.NETWORKS), "type": cli.prefixed("maskrcnn_")}
     arg("--arch", default="maskrcnn_resnet50", help="network architecture", **networks)
-    proposals = "region proposals per image in validation; 0: the network's default"
+    proposals = "region proposals per image in validation, twice as many in training; 0: the network's default"
     arg("--proposals", type=cli.count, default=0, metavar="N", help=proposals)
     rois = "regions of interest per image that the heads are trained on; 128 is faster"
     arg("--rois-per-image", "--regions", type=cli.positive, default=512, metavar="N", help=rois)
@@ -61,8 +62,8 @@ def parse_args(argv):
     arg("--weights", "--pretrained", default="auto", metavar="auto|coco|imagenet|none|FILE", help=start)
     backbone = "start with these weights of the ResNet alone; auto: ImageNet weights"
     arg("--backbone-weights", default="none", metavar="auto|none|FILE", help=backbone)
-    arg("--freeze-stages", type=int, choices=range(6), default=0, help="freeze the first N stages of the ResNet")
-    arg("--backbone-lr", type=cli.non_negative, metavar="LR", help="learning rate of the backbone; else --lr")
+    arg("--freeze-stages", type=int, choices=range(6), default=0, help="freeze the first N of the ResNet's five stages")
+    arg("--backbone-lr", type=cli.non_negative, metavar="LR", help="learning rate of the backbone (default: --lr)")
     cli.add_detection_arguments(parser, masks=True)
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
@@ -72,16 +73,16 @@ def parse_args(argv):
 
 
 def load_data(args, run_folder):
-    """(train, val, errors); the validation images of PennFudanPed stay those that RUN/held_out.txt names."""
-    kept, classes = run_folder.path / HELD_OUT, run_folder.classes
+    """(train, val, errors); a resumed run keeps the validation images of PennFudanPed in its held_out.txt."""
+    common = {"classes": run_folder.classes, "seed": args.seed}
     if args.dataset == "coco":
-        options = {"classes": classes, "seed": args.seed, "masks": True, **cli.layout_options(args)}
-        return detection.load("coco", args.data, **options)
-    held_out = kept.read_text(encoding="utf-8").splitlines() if run_folder.checkpoint and kept.is_file() else None
-    split = {"val_share": args.val_share, "split_seed": args.split_seed, "held_out": held_out}
-    train_set, val_set, errors = detection.load_penn_fudan(args.data, classes=classes, seed=args.seed, **split)
-    if held_out is None:
-        run_folder.write_lines(HELD_OUT, penn_fudan.names(val_set))
+        return detection.load("coco", args.data, masks=True, **common, **cli.layout_options(args))
+    split = {"val_share": args.val_share, "split_seed": args.split_seed}
+    if run_folder.checkpoint:
+        file = Path(run_folder.checkpoint["file"]).with_name(HELD_OUT)
+        split["held_out"] = file.read_text(encoding="utf-8").splitlines() if file.is_file() else None
+    train_set, val_set, errors = detection.load_penn_fudan(args.data, **common, **split)
+    run_folder.write_lines(HELD_OUT, penn_fudan.names(val_set))
     return train_set, val_set, errors
 
 
@@ -183,8 +184,7 @@ def main(argv=None):
         train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest, loader.PadCollate(32))
 
     # train
-    logger, metrics, evaluators = run_folder.logger(plan, train_set.image_path), {}, []
-    with logger, StopSignals(run) as stop, memory.advice(run, args, size):
+    with run_folder.logger(plan, train_set) as logger, StopSignals(run) as stop, memory.advice(run, args, size):
         for images, targets in logger.steps(train_loader):
             plan.set_lr(optimizer, progress.step)
             image_ids, shapes = ([target[name] for target in targets] for name in ("image_id", "shape"))
@@ -210,15 +210,15 @@ def main(argv=None):
                 run_folder.save()  # if the validation is killed, no step is lost
                 with ema.applied(net), logger.paused():
                     metrics, evaluators, samples = validate(val_loader, val_set, new_evaluator(), num_samples=4)
+                    progress.record(metrics[monitor], cli.higher_is_better(monitor))
                 optim.set_train_mode(net, frozen, args.freeze_bn)
                 images = draw2d.truth_and_predictions(samples, net.classes)
                 logger.log_validation(progress.step, metrics, evaluators, images)
-                progress.record(metrics[monitor], cli.higher_is_better(monitor))
             if due.save:
                 run_folder.save(due.copies)
             if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    return run_folder.finish(stop, monitor, metrics, evaluators)
+    return run_folder.finish(stop, monitor, logger.metrics, logger.evaluators)
 
 
 if __name__ == "__main__":

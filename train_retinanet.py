@@ -47,16 +47,17 @@ def parse_args(argv):
     arg = parser.add_argument_group("network").add_argument
     depth = {"dest": "arch", "type": cli.prefixed("retinanet_resnet")}
     arg("--arch", choices=ARCHITECTURES, default="retinanet_resnet50", help="network architecture", **depth)
-    arg("--depth", choices=ARCHITECTURES, metavar="{18,34,50,101,152}", help="the same by the ResNet's depth", **depth)
-    arg("--anchors", choices=("yhenon", "torchvision"), default="yhenon", help="anchors and box coding of that program")
-    scale = "size of a level's smallest anchors, in its strides; 2 for small objects"
+    arg("--depth", choices=ARCHITECTURES, metavar="{18,34,50,101,152}", help="depth of the ResNet in --arch", **depth)
+    program = "anchors and box coding as in this program; weights of torchvision need torchvision"
+    arg("--anchors", choices=("yhenon", "torchvision"), default="yhenon", help=program)
+    scale = "side of a level's smallest anchors, in strides of the level; 2 helps with small objects"
     arg("--anchor-scale", type=cli.number(float, 0.1), default=4.0, help=scale)
     start = "weights to start from: a file of a RetinaNet or of its ResNet; auto: torchvision's COCO weights"
     arg("--weights", "--pretrained", default="none", metavar="auto|none|FILE", help=start)
     backbone = "start with these weights of the ResNet alone; auto: ImageNet weights"
     arg("--backbone-weights", default="auto", metavar="auto|none|FILE", help=backbone)
-    arg("--freeze-stages", type=int, choices=range(6), default=0, help="freeze the first N stages of the ResNet")
-    arg("--backbone-lr", type=cli.non_negative, metavar="LR", help="learning rate of the backbone; else --lr")
+    arg("--freeze-stages", type=int, choices=range(6), default=0, help="freeze the first N of the ResNet's five stages")
+    arg("--backbone-lr", type=cli.non_negative, metavar="LR", help="learning rate of the backbone (default: --lr)")
 
     arg = parser.add_argument_group("loss and detections").add_argument
     arg("--match-iou", type=cli.probability, default=0.5, help="minimum IoU of a positive anchor")
@@ -66,8 +67,8 @@ def parse_args(argv):
     arg("--box-loss-weight", type=cli.non_negative, default=0.25, help=weight)
     arg("--score-threshold", type=cli.probability, default=0.05, help="minimum score of a detection")
     arg("--nms-iou", type=cli.probability, default=0.5, help="IoU threshold of non-maximum suppression")
-    most = "maximum number of detections per image"
-    arg("--detections-per-image", "--most-detections", type=cli.positive, default=100, metavar="N", help=most)
+    maximum = "maximum number of detections per image"
+    arg("--detections-per-image", "--most-detections", type=cli.positive, default=100, metavar="N", help=maximum)
     cli.add_detection_arguments(parser)
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
@@ -125,7 +126,8 @@ def main(argv=None):
         train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
     )
     new_evaluator = functools.partial(COCOEvaluator, val_set.classes, val_set.coco_truth())
-    run.print(f"ground truth scored as predictions: AP {score_ground_truth(new_evaluator(), val_set)['AP']:.3f}")
+    truth = score_ground_truth(new_evaluator(), val_set)
+    run.print(f"ground truth scored as predictions: AP {truth['AP']:.3f}")
 
     # network
     net = models.build(args.arch, len(train_set.classes), anchors=args.anchors, anchor_scale=args.anchor_scale)
@@ -177,8 +179,7 @@ def main(argv=None):
         train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest, loader.PadCollate(32))
 
     # train
-    logger, metrics, evaluators = run_folder.logger(plan, train_set.image_path), {}, []
-    with logger, StopSignals(run) as stop, memory.advice(run, args, size):
+    with run_folder.logger(plan, train_set) as logger, StopSignals(run) as stop, memory.advice(run, args, size):
         for images, targets in logger.steps(train_loader):
             plan.set_lr(optimizer, progress.step)
             image_ids, shapes = ([target[name] for target in targets] for name in ("image_id", "shape"))
@@ -201,15 +202,15 @@ def main(argv=None):
                 run_folder.save()  # if the validation is killed, no step is lost
                 with ema.applied(net), logger.paused():
                     metrics, evaluators, samples = validate(val_loader, new_evaluator(), num_samples=4)
+                    progress.record(metrics[monitor], cli.higher_is_better(monitor))
                 optim.set_train_mode(net, frozen, args.freeze_bn)
                 images = draw2d.truth_and_predictions(samples, net.classes)
                 logger.log_validation(progress.step, metrics, evaluators, images)
-                progress.record(metrics[monitor], cli.higher_is_better(monitor))
             if due.save:
                 run_folder.save(due.copies)
             if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    return run_folder.finish(stop, monitor, metrics, evaluators)
+    return run_folder.finish(stop, monitor, logger.metrics, logger.evaluators)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ vgg16-ssd 77.26 (qfgaohao).
 """
 
 import functools
-from argparse import SUPPRESS
 
 import torch
 
@@ -29,6 +28,7 @@ from training.ema import Ema
 from training.plan import Plan
 from training.run_folder import RunFolder
 from training.signals import StopSignals
+from utils.errors import UsageError
 from visualize import draw2d
 
 USAGE = "python train_ssd.py --dataset voc --data FOLDER --model-dir RUN [flags]"
@@ -41,7 +41,7 @@ def parse_args(argv):
     arg("--dataset", "--dataset-type", choices=tuple(detection.LAYOUTS), default="open_images", help="layout of --data")
     arg("--data", "--datasets", dest="data", nargs="+", default=["data"], help="one or more folders, joined")
     arg("--zoom-out", type=cli.probability, default=0.5, help="augmentation: probability of zooming out")
-    zoom = "augmentation: largest canvas of zooming out, in sides of the image"
+    zoom = "augmentation: maximum side of the zoomed-out image, as a multiple of the original"
     arg("--max-zoom-out", "--largest-canvas", type=cli.number(float, 1), default=4.0, help=zoom)
     arg(
         "--iou-crop",
@@ -55,8 +55,8 @@ def parse_args(argv):
     arg = parser.add_argument_group("network").add_argument
     arg("--arch", "--net", choices=tuple(ssd.NETWORKS), default="mb1-ssd", help="network architecture")
     arg("--resolution", type=cli.positive, default=300, help="height and width of the input in pixels")
-    arg("--width-mult", "--mb2-width-mult", type=float, default=1.0, help="mb2-ssd-lite: width multiplier")
-    sizes = "prior sizes: the minimum of each of the six maps in pixels at 300, and the last one's maximum"
+    arg("--width-mult", "--mb2-width-mult", type=cli.non_negative, default=1.0, help="mb2-ssd-lite: width multiplier")
+    sizes = "minimum size of the priors of each of the six maps, in pixels at 300 x 300, and the maximum of the last"
     arg("--box-sizes", type=cli.non_negative, nargs=7, metavar="PIXELS", help=sizes)
     arg("--match-iou", type=cli.probability, default=0.5, help="minimum IoU of a positive prior")
     start = "weights to start from: a file of an SSD or of its backbone; auto: the published ones, downloaded"
@@ -67,15 +67,18 @@ def parse_args(argv):
     arg("--freeze-net", action="store_true", help="train the heads only")
     backbone = "learning rate of the backbone"
     arg("--backbone-lr", "--base-net-lr", type=cli.non_negative, default=0.001, metavar="LR", help=backbone)
-    arg("--extra-layers-lr", type=cli.non_negative, metavar="LR", help="learning rate of the extra layers; else --lr")
-    cuda = {"dest": "device", "default": SUPPRESS, "type": lambda text: "auto" if cli.boolean(text) else "cpu"}
-    arg("--use-cuda", metavar="BOOL", help="false: the same as --device cpu", **cuda)
-    arg("--validation-mean-ap", action="store_true", help="validate by mAP too, not by the loss alone")
+    extra = "learning rate of the extra layers (default: --lr)"
+    arg("--extra-layers-lr", type=cli.non_negative, metavar="LR", help=extra)
+    arg("--use-cuda", type=cli.boolean, default=True, metavar="BOOL", help="false: the same as --device cpu")
+    arg("--validation-mean-ap", action="store_true", help="measure mAP in validation too, and select best.pt by it")
     cli.add_detection_arguments(parser)
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
     parser.set_defaults(model_dir="runs/ssd", scheduler="cosine", t_max=100.0, milestones="80,100", lr_batch_size=4)
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if not args.use_cuda:
+        args.device = "cpu"
+    return args
 
 
 @torch.no_grad()
@@ -126,6 +129,8 @@ def main(argv=None):
     run.print(f"ground truth scored as predictions: mAP {truth['mAP']:.3f}")
 
     # network
+    if args.width_mult != 1 and args.arch != "mb2-ssd-lite":
+        raise UsageError(f"--width-mult: {args.arch} has one width; leave it out, or give --arch mb2-ssd-lite")
     arguments = {"width_mult": args.width_mult} if args.arch == "mb2-ssd-lite" else {}
     if args.box_sizes:
         arguments["box_sizes"] = list(zip(args.box_sizes, args.box_sizes[1:]))
@@ -174,8 +179,7 @@ def main(argv=None):
     run_folder.write_lines("labels.txt", ["BACKGROUND", *net.classes])
 
     # train
-    logger, metrics, evaluators = run_folder.logger(plan, train_set.image_path), {}, []
-    with logger, StopSignals(run) as stop, memory.advice(run, args, size):
+    with run_folder.logger(plan, train_set) as logger, StopSignals(run) as stop, memory.advice(run, args, size):
         for images, targets in logger.steps(train_loader):
             plan.set_lr(optimizer, progress.step)
             image_ids = [target["image_id"] for target in targets]
@@ -198,15 +202,15 @@ def main(argv=None):
                 run_folder.save()  # if the validation is killed, no step is lost
                 with ema.applied(net), logger.paused():
                     metrics, evaluators, samples = validate(val_loader, args.validation_mean_ap, num_samples=4)
+                    progress.record(metrics[monitor], cli.higher_is_better(monitor))
                 optim.set_train_mode(net, frozen, args.freeze_bn)
                 images = draw2d.truth_and_predictions(samples, net.classes)
                 logger.log_validation(progress.step, metrics, evaluators, images)
-                progress.record(metrics[monitor], cli.higher_is_better(monitor))
             if due.save:
                 run_folder.save(due.copies)
             if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    return run_folder.finish(stop, monitor, metrics, evaluators)
+    return run_folder.finish(stop, monitor, logger.metrics, logger.evaluators)
 
 
 if __name__ == "__main__":

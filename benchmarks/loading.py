@@ -22,7 +22,7 @@ def script_loader(script: str, data: Path, workers: int) -> DataLoader:
         dataset.transform = transforms.classification_train(224)
     elif script == "centerfusion":
         dataset = nuscenes.load_split(data, "v1.0-mini", "mini_train")
-        dataset.transform = nuscenes_transforms.train()
+        dataset.transform = nuscenes_transforms.centerfusion_train()
     else:
         dataset = detection.load("coco", [data])[0]
         dataset.transform = transforms.ssd_train((300, 300), (127, 127, 127))

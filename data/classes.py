@@ -66,7 +66,7 @@ def agree_on_classes(checkpoint: Sequence[str], data: Sequence[str], remap_by_na
     weights: another order is refused unless `remap_by_name`. Raises DataError.
     """
     names = f"checkpoint ({', '.join(checkpoint)}), data ({', '.join(data)})"
-    if checkpoint != data and set(checkpoint) == set(data) and not remap_by_name:
+    if list(checkpoint) != list(data) and set(checkpoint) == set(data) and not remap_by_name:
         reason = f"the same names in another order: {names}; use --remap-by-name to keep the checkpoint's order"
         raise DataError("classes", "", reason)
     if not set(checkpoint) & set(data):

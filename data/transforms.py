@@ -23,6 +23,7 @@ IMAGENET_MEAN = (124, 116, 104)  # R, G, B, rounded to pixel values
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, of R, G, B
 RGB_TO_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # hue is an angle in I and Q
 YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
+TRIALS, MIN_SCALE = 40, 0.3  # of an IoU crop, as in v2.RandomIoUCrop
 COLOR_CHANGES = ("brightness", "contrast", "saturation", "hue")
 CHANNEL_ORDERS = tuple(map(list, itertools.permutations(range(3))))  # the first leaves R, G, B as they are
 
@@ -154,11 +155,11 @@ class ZoomOutIoUCrop:
         return tv_tensors.Image(result)
 
 
-def iou_crop(boxes: torch.Tensor, region: Region, trials: int = 40, min_scale: float = 0.3) -> Region:
+def iou_crop(boxes: torch.Tensor, region: Region) -> Region:
     """A random crop of `region` with at least one of `boxes`, float32 [M,4] xyxy with M > 0.
 
-    As in v2.RandomIoUCrop, a minimum IoU is drawn from 0, 0.1, 0.3, 0.5, 0.7, 0.9 and "no crop". Of `trials` random
-    crops with sides of `min_scale` to 1 of the region's, drawn together, the first is returned that has an aspect ratio
+    As in v2.RandomIoUCrop, a minimum IoU is drawn from 0, 0.1, 0.3, 0.5, 0.7, 0.9 and "no crop". Of TRIALS random
+    crops with sides of MIN_SCALE to 1 of the region's, drawn together, the first is returned that has an aspect ratio
     of 0.5 to 2 and that IoU with an object whose center it contains. If none has, a minimum IoU is drawn again.
     """
     top, left, height, width = region
@@ -166,13 +167,13 @@ def iou_crop(boxes: torch.Tensor, region: Region, trials: int = 40, min_scale: f
         min_iou = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, None)[int(torch.randint(7, ()))]
         if min_iou is None:
             return region
-        draws = torch.rand(4, trials, 1)
-        scales = min_scale + (1 - min_scale) * draws[:2]
-        crop_height, crop_width = (scales[0] * height).floor(), (scales[1] * width).floor()  # [trials,1]
+        draws = torch.rand(4, TRIALS, 1)
+        scales = MIN_SCALE + (1 - MIN_SCALE) * draws[:2]
+        crop_height, crop_width = (scales[0] * height).floor(), (scales[1] * width).floor()  # [TRIALS,1]
         crop_top = top + (draws[2] * (height - crop_height)).floor()
         crop_left = left + (draws[3] * (width - crop_width)).floor()
-        crops = torch.cat([crop_left, crop_top, crop_left + crop_width, crop_top + crop_height], dim=1)  # [trials,4]
-        inside = centers_inside(boxes, (crop_top, crop_left, crop_height, crop_width))  # [trials,M]
+        crops = torch.cat([crop_left, crop_top, crop_left + crop_width, crop_top + crop_height], dim=1)  # [TRIALS,4]
+        inside = centers_inside(boxes, (crop_top, crop_left, crop_height, crop_width))  # [TRIALS,M]
         max_iou = pairwise_iou(crops, boxes).masked_fill(~inside, -1).amax(1)
         aspect = (crop_width / crop_height)[:, 0]
         valid = (max_iou >= min_iou) & (aspect > 0.5) & (aspect < 2)

@@ -32,12 +32,14 @@ def find_files(inputs: Iterable[str], out: str | Path) -> list[Path]:
             candidates = map(Path, glob.glob(text, recursive=True))
         else:
             raise DataError(text, "", "no such file or folder")
-        found = sorted(file for file in candidates if _is_supported(file) and file.is_file())
-        found = [file for file in found if Path(out).resolve() not in file.resolve().parents]
-        if not found:
+        matches = sorted(file for file in candidates if _is_supported(file) and file.is_file())
+        if not matches:
             where = "in this folder" if path.is_dir() else "matches this pattern"
-            raise DataError(text, "", f"no image ({' '.join(SUFFIXES)}) and no video {where}")
-        files += found
+            raise DataError(text, "", f"no image ({' '.join(SUFFIXES)}) and no video {where}; name others")
+        selected = [file for file in matches if Path(out).resolve() not in file.resolve().parents]
+        if not selected:
+            raise DataError(text, "", f"all its images are in the output folder {out}; give another --out")
+        files += selected
     return list(dict.fromkeys(files))
 
 

@@ -23,7 +23,7 @@ class Evaluator:
     _computed: Any = None
 
     def update(self, targets: Sequence[Mapping], detections: Sequence[Mapping]) -> None:
-        """Add the images of a batch."""
+        """Add the images of a batch; of a classifier, labels [B] and logits [B,K]."""
         raise NotImplementedError
 
     def compute(self, gather: Callable | None = None) -> dict[str, float]:

@@ -14,7 +14,7 @@ from evaluation import Evaluator, nuscenes_devkit
 from evaluation.buffers import ImageBuffer, structured
 from evaluation.nuscenes_devkit import MEASURES
 from utils import files
-from utils.nuscenes import ATTRIBUTES, CLASSES
+from utils.nuscenes import ATTRIBUTES, CLASSES, devkit_is_installed
 
 __all__ = ["MEASURES", "NuScenesEvaluator", "score_ground_truth", "to_submission", "true_detections"]
 
@@ -89,7 +89,7 @@ class NuScenesEvaluator(Evaluator):
         return ", ".join(f"{name} {metrics[name]:.3f}" for name in MEASURES if name in metrics)
 
     def _score(self, submission, images):
-        if not nuscenes_devkit.is_installed():
+        if not devkit_is_installed():
             self.print("no official score: nuscenes-devkit is not installed (pip install -r requirements-nuscenes.txt)")
             return {}
         if not len(images):

@@ -6,7 +6,6 @@ so partial copies of the set can be scored too.
 
 import contextlib
 import functools
-import importlib.util
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -21,12 +20,6 @@ MEASURES = ("NDS", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE")
 ERRORS = {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE": "vel_err", "mAAE": "attr_err"}
 
 
-def is_installed() -> bool:
-    """Whether nuscenes-devkit is installed. A folder that happens to be called nuscenes is not it."""
-    found = importlib.util.find_spec("nuscenes")
-    return found is not None and found.origin is not None
-
-
 @functools.lru_cache(maxsize=1)  # every validation of a run asks for the same samples
 def open_tables(root: str, version: str, samples: frozenset[str]) -> Any:
     """The devkit's NuScenes with what the score of `samples` (tokens) needs: annotations, key frames and poses of their
@@ -37,7 +30,9 @@ def open_tables(root: str, version: str, samples: frozenset[str]) -> Any:
     folder = Path(root) / version
     everything = _rows(folder, "sample")
     scenes = {row["scene_token"] for row in everything if row["token"] in samples}
-    near = {row["token"] for row in everything if row["scene_token"] in scenes}  # velocities look at the neighbours
+    near = {
+        row["token"] for row in everything if row["scene_token"] in scenes
+    }  # velocities come from the samples before and after
     frames = _rows(folder, "sample_data", lambda row: row["is_key_frame"] and row["sample_token"] in near)
     poses = {row["ego_pose_token"] for row in frames}
     loaded = {

@@ -37,7 +37,6 @@ def assign(
     num_classes=10,
     threshold="published",
     max_distance=60.0,
-    roots="published",
 ):
     """The values that each head is trained to predict: a dict of tensors on `device`, batch first.
 
@@ -45,7 +44,6 @@ def assign(
     radar_map  [B,3,h,w], calib [B,3,4]: adds "radar" [B,3,h,w], radar returns associated with the true boxes by
                ops.radar.associate with `threshold` and `max_distance`: the input of the second stage in training
     size       (h, w) of the output maps, with `stride` pixels per cell
-    roots      of ops.heatmaps.gaussian_radius
 
     hm [B,K,h,w]           Gaussian peaks, 1 at each object's cell; also 1 all over a box to ignore, so that a detection
                            of its class there costs nothing
@@ -61,7 +59,7 @@ def assign(
     boxes [B,N,4], alpha [B,N]        for `association`; farther objects come first
     """
     matched, ignored = object_targets(targets, size, stride)
-    hm = heatmaps(matched, ignored, num_classes, size, roots, device)
+    hm = heatmaps(matched, ignored, num_classes, size, device)
     matched = {"hm": hm} | {name: value.to(device, non_blocking=True) for name, value in matched.items()}
     if radar_map is not None:
         matched["radar"] = association(matched, radar_map, calib, threshold, max_distance)
@@ -122,14 +120,14 @@ def association(matched, radar_map, calib, threshold, max_distance):
     return associate(radar_map, boxes, depth, tolerance, max_distance=max_distance, valid=valid)
 
 
-def heatmaps(matched, ignored, num_classes, size, roots, device):
+def heatmaps(matched, ignored, num_classes, size, device):
     """hm of `assign`, drawn on `device`, for the results of `object_targets` on the CPU."""
     boxes, index, mask = matched["boxes"], matched["index"], matched["mask"]
     batch, (height, width) = len(boxes), size
     map_index = torch.arange(batch)[:, None] * num_classes + matched["label"]  # [B,N]
     cell = torch.stack([index % width, index // width], dim=-1)  # [B,N,2]
     sides = matched["wh"].ceil()
-    radii = gaussian_radius(sides[..., 1], sides[..., 0], roots=roots)
+    radii = gaussian_radius(sides[..., 1], sides[..., 0])
     hm = draw_gaussian(cell[mask], radii[mask], map_index[mask], batch * num_classes, size, device)
     if ignored.any():
         boxes, map_index = boxes[ignored].to(device), map_index[ignored].to(device)

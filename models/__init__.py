@@ -16,7 +16,6 @@ from utils.errors import WeightsError
 # name -> function of num_classes and the network's own arguments
 ARCHITECTURES = {**ssd.NETWORKS, **retinanet.NETWORKS, **centerfusion.NETWORKS, **maskrcnn.NETWORKS}
 ARCHITECTURES |= backbones.NETWORKS
-FORMAT_VERSION = 1
 
 
 def build(name: str, num_classes: int, **arguments) -> nn.Module:
@@ -64,7 +63,7 @@ def load(path: str | Path) -> nn.Module:
     missing = [key for key in ("format_version", "arguments", "num_classes", "classes", "model") if key not in saved]
     if missing:
         raise WeightsError(f"{path}: not a complete checkpoint: {', '.join(missing)} missing; use another copy")
-    if saved["format_version"] > FORMAT_VERSION:
+    if saved["format_version"] > torch_files.FORMAT_VERSION:
         raise WeightsError(f"{path}: format version {saved['format_version']} is newer than this program; update it")
     net = build(saved["architecture"], saved["num_classes"], **saved["arguments"])
     if saved.get("ema"):

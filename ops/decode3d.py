@@ -29,20 +29,18 @@ def decode(
     targets: Sequence[Mapping],
     stride: int = 4,
     count: int = 100,
-    suppress: bool = True,
     without: Collection[str] = (),
 ) -> list[dict[str, torch.Tensor]]:
     """Raw heads by name, each [B,C,h,w] -> B detections of `count` boxes, on the CPU.
 
     targets    of the same images: `calib` [3,4], and `affine` [2,3] from pixels of the file to those of the input
     stride     pixels of the input per cell
-    suppress   keep only local maxima of the heatmap, see ops.heatmaps.topk_peaks
     without    untrained heads, "velocity" or "nuscenes_att": their results are 0 and -1
 
     Depth and rotation are those of the second stage if the network has one. The center is the cell of the peak plus
     amodel_offset, converted to pixels of the file and unprojected to that depth.
     """
-    scores, labels, index = topk_peaks(outputs["hm"].float().sigmoid(), count, suppress)  # [B,N]
+    scores, labels, index = topk_peaks(outputs["hm"].float().sigmoid(), count)  # [B,N]
     heads = {name: gather_cells(outputs[name], index).float() for name in outputs.keys() - {"hm", "pc_hm", *without}}
     calib, affine = (torch.stack([t[name] for t in targets]).to(scores.device) for name in ("calib", "affine"))
     width = outputs["hm"].shape[-1]

@@ -30,6 +30,7 @@ def multiclass_nms(
     return detections
 
 
+@torch.no_grad()
 def ssd_detections(outputs, anchors, box_weights, image_size, score_threshold=0.01):
     """SSD's raw outputs {"logits": [B,P,K+1] background first, "offsets": [B,P,4]} -> detections of each image.
 

@@ -9,7 +9,9 @@
     python -m synthetic nuscenes OUT --images 240 --seed 0
 
 nuscenes has streets seen by cameras and radars (synthetic.street); the others have 2D shapes (synthetic.shapes), one
-per image in imagefolder. The same arguments give the same files with the same versions of Pillow and numpy.
+per image in imagefolder. 15 % of the images are for validation, and 15 % for test in voc and open_images; of nuscenes a
+fifth of the scenes; pennfudan has no split. The same arguments give the same files with the same versions of Pillow and
+numpy.
 """
 
 import argparse
@@ -140,17 +142,20 @@ def parse_size(text):
 def parse_args(argv=None):
     description, _, details = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
-        "python -m synthetic", None, description, details, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m synthetic",
+        description=description,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    layout = "layout of the data set"
-    parser.add_argument("layout", choices=sorted(LAYOUTS), type=layout_name, help=layout)
+    arg = parser.add_argument
+    arg("layout", choices=sorted(LAYOUTS), type=layout_name, help="layout of the data set")
     out = "output folder: new, empty, or drawn with the same arguments before"
-    parser.add_argument("out", type=Path, metavar="OUT", help=out)
-    images = "number of images; 15 %% are for validation, and 15 %% for test in voc and open_images (default: 200)"
-    parser.add_argument("--images", type=int, default=200, metavar="N", help=images)
+    arg("out", type=Path, metavar="OUT", help=out)
+    images = "number of images (default: 200); see below for the splits"
+    arg("--images", type=int, default=200, metavar="N", help=images)
     size = "size of all images (default: about 320x240, imagefolder 100x100, nuscenes 800x450)"
-    parser.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help=size)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    arg("--size", type=parse_size, metavar="WIDTHxHEIGHT", help=size)
+    arg("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     return parser.parse_args(argv)
 
 

@@ -65,9 +65,11 @@ def launch(script, *words, processes=0):
 
 
 def wait_for(path, process):
-    """Return when the file at `path` exists and is not empty; AssertionError if the process ends before."""
+    """Return when the file at `path` exists and is not empty; AssertionError if the process ends before, or hangs."""
+    deadline = time.monotonic() + 120
     while not path.exists() or not path.stat().st_size:
         assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, f"no {path}"
         time.sleep(0.01)
 
 

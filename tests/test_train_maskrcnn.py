@@ -43,6 +43,8 @@ def test_the_validation_images_of_a_run_do_not_change(script, tmp_path):
     more = ["--max-steps", 1, "--split-seed", 5, "--val-share", 0.5]
     script.main(tmp_path, *more, "--resume", "auto", "--eval-only")
     assert (tmp_path / "held_out.txt").read_text().split() == names
+    script.main(tmp_path / "further", *more, "--resume", tmp_path / "last.pt", "--epochs", 9)
+    assert (tmp_path / "further" / "held_out.txt").read_text().split() == names
     script.main(tmp_path / "other", *more)
     others = (tmp_path / "other" / "held_out.txt").read_text().split()
     assert len(others) == 7 and not set(names) <= set(others)

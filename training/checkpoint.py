@@ -23,7 +23,6 @@ from training import cli
 from utils import files, torch_files
 from utils.errors import UsageError
 
-FORMAT_VERSION = 1
 NOT_COMPARED = ("resume", "overwrite", "eval_only", "preflight", "config")  # flags that do not change the training
 FLAG_OF_PART = {"scaler": "--precision", "ema": "--ema", "plateau": "--scheduler"}  # flags that turn a part on
 # flags that set an argument of a network, where their names differ
@@ -63,7 +62,7 @@ def write(path: Path, contents: Mapping[str, Any]) -> None:
     """
     plain = {name: _plain(name, _state_of(value)) for name, value in contents.items()}
     try:
-        files.write(path, lambda file: torch.save({"format_version": FORMAT_VERSION, **plain}, file))
+        files.write(path, lambda file: torch.save({"format_version": torch_files.FORMAT_VERSION, **plain}, file))
     except RuntimeError as error:  # torch raises it while it handles the OSError of a full disk
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
@@ -81,9 +80,9 @@ def read(path: str | Path) -> dict:
             f"{path}: {weights}, not a checkpoint of a run (no optimizer, no step); to start from weights use "
             f"--weights {path}; to continue a run name its folder or its last.pt"
         )
-    if contents["format_version"] > FORMAT_VERSION:
+    if contents["format_version"] > torch_files.FORMAT_VERSION:
         version = contents["format_version"]
-        raise UsageError(f"{path}: format {version}, this program knows {FORMAT_VERSION}; update it")
+        raise UsageError(f"{path}: format {version}, this program knows {torch_files.FORMAT_VERSION}; update it")
     return {**contents, "file": str(path)}
 
 

@@ -34,7 +34,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         default = action.default
-        if default in (None, "", argparse.SUPPRESS) or isinstance(default, bool) or "default:" in action.help:
+        if default in (None, "", argparse.SUPPRESS) or "default:" in action.help:
+            return action.help
+        if isinstance(action, argparse.BooleanOptionalAction):
+            default = action.option_strings[not default]  # --x or --no-x
+        elif action.nargs == 0:
             return action.help
         return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
 
@@ -171,9 +175,12 @@ non_negative, probability = number(float, 0), number(float, 0, max_=1)
 def numbers(text: str) -> list[float]:
     """A `type=` for flags like `--milestones 80,100`."""
     try:
-        return [float(part) for part in text.split(",")] if text else []
+        values = [float(part) for part in text.split(",")] if text else []
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 80,100") from None
+        values = [math.nan]
+    if not all(0 <= value < math.inf for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers of at least 0, such as 80,100")
+    return values
 
 
 def boolean(text: str) -> bool:
@@ -253,7 +260,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     validate = "validate every N epochs"
     arg("--validation-epochs", "--val-intervals", type=positive, default=1, metavar="N", help=validate)
     arg("--validation-steps", type=count, default=0, metavar="N", help="validate every N steps instead; 0: off")
-    monitor = "metric that selects best.pt and is used by --patience, such as loss; default: the main one"
+    monitor = "metric that selects best.pt and is used by --patience, such as loss"
     arg("--monitor", default="", metavar="METRIC", help=monitor)
     patience = "stop after N validations without improvement; 0: off"
     arg("--patience", type=count, default=0, metavar="N", help=patience)
@@ -261,7 +268,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--save-every-epochs", type=count, default=0, metavar="N", help="keep a checkpoint every N epochs; 0: off")
     epochs = "also keep the checkpoints of these epochs, such as 20,40"
     arg("--save-epochs", "--save-point", type=numbers, default="", metavar="E,E", help=epochs)
-    arg("--keep", type=count, default=0, metavar="N", help="keep only the newest N of these checkpoints; 0: all")
+    arg("--keep", type=count, default=0, metavar="N", help="keep only the newest N of each kind of these; 0: all")
 
 
 def add_data_arguments(parser: ArgumentParser) -> None:
@@ -282,8 +289,10 @@ def add_detection_arguments(parser: ArgumentParser, masks: bool = False) -> None
     masks: only those of layouts that can have masks, so none of csv and VOC
     """
     arg = parser.add_argument_group("annotation files").add_argument
-    arg("--bad-boxes", choices=("drop", "error"), default="drop", help="what to do with boxes without area")
-    arg("--coco-train", default="train2017", metavar="SET", help="COCO: annotations/instances_SET.json, folder SET")
+    invalid = "what to do with invalid boxes: without area, or outside the image"
+    arg("--bad-boxes", choices=("drop", "error"), default="drop", help=invalid)
+    coco_set = "COCO: name of the training set, whose files are annotations/instances_SET.json and SET/"
+    arg("--coco-train", default="train2017", metavar="SET", help=coco_set)
     arg("--coco-val", default="val2017", metavar="SET", help="COCO: the same for validation")
     order = "keep the class order of the checkpoint if the data has the same names in another order"
     arg("--remap-by-name", action="store_true", help=order)
@@ -293,7 +302,8 @@ def add_detection_arguments(parser: ArgumentParser, masks: bool = False) -> None
     arg("--csv-train", default="", metavar="FILE", help=rows)
     arg("--csv-val", default="", metavar="FILE", help="csv: the same for validation; required with --csv-train")
     arg("--csv-classes", default="", metavar="FILE", help="csv: rows name,id; default: the names in the rows")
-    arg("--voc-offset", type=int, choices=(0, 1), default=1, help="VOC: coordinate of the first pixel")
+    first = "VOC: coordinate of the first pixel in the xml files: 1 in Pascal VOC, 0 in those of some tools"
+    arg("--voc-offset", type=int, choices=(0, 1), default=1, help=first)
 
 
 def layout_options(args: argparse.Namespace) -> dict:
@@ -310,9 +320,11 @@ def add_nuscenes_arguments(parser: ArgumentParser) -> None:
     arg = parser.add_argument_group("data").add_argument
     folders = "folder with v1.0-*/, samples/ and sweeps/"
     arg("--data", "--dataset-root", default="data/nuscenes", help=folders)
-    arg("--version", default="v1.0-trainval", help="folder of the tables")
-    arg("--train-split", default="train", metavar="SPLIT", help="train, mini_train, or a text file of scene names")
-    arg("--val-split", default="mini_val", metavar="SPLIT", help="val, mini_val, or a text file of scene names")
+    arg("--version", default="v1.0-trainval", help="folder of the tables: v1.0-trainval or v1.0-mini")
+    train = "train (needs nuscenes-devkit), mini_train, or a text file of scene names"
+    arg("--train-split", default="train", metavar="SPLIT", help=train)
+    val = "val (needs nuscenes-devkit), mini_val, or a text file of scene names"
+    arg("--val-split", default="mini_val", metavar="SPLIT", help=val)
     arg("--cache-dir", default="", metavar="DIR", help="folder of the parsed tables; default: beside the tables")
     arg("--skip-missing", action="store_true", help="leave out images and radar sweeps whose files are missing")
     invalid = "what to do with boxes of an impossible size, place or rotation"

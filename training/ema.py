@@ -23,7 +23,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, net: nn.Module) -> None:
-        """Move the averages one step towards the current weights of `net`."""
+        """Move the averages one step toward the current weights of `net`."""
         if not self.decay:
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))

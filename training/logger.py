@@ -41,6 +41,8 @@ class Logger:
     flags         plain values. `log_level` "warning": no line per step and no bar; "debug": prints the flags too
     image_path    image_path(image_id) is the file of a training image, for the report of a non-finite loss
     enabled       False: nothing is written or printed
+
+    metrics, evaluators   of the last validation
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Logger:
         flags = dict(flags or {})
         self.folder, self.run, self.total_steps = folder, run, total_steps
         self.batch_size, self.image_path, self.enabled = batch_size, image_path, enabled and run.is_main
+        self.metrics, self.evaluators = {}, []
         self.quiet = flags.get("log_level") == "warning"
         self.meter = Meter(MAX_NONFINITE if run.scaler.is_enabled() else 0)
         self._loss_names = ()
@@ -156,7 +159,7 @@ class Logger:
 
     def _raise_non_finite(self, step, images, losses, lr):
         paths = [self.image_path(image) for image in images] if self.image_path else []
-        if self.run.is_main:
+        if self.enabled:
             values = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
             report = {"step": step, "images": images, "paths": paths, "losses": values, "lr": lr}
             files.write_json(self.folder / "nan_report.json", report, indent=1)
@@ -193,11 +196,12 @@ class Logger:
         self,
         step: int,
         metrics: Mapping[str, float],
-        evaluators: Iterable[Any] = (),
+        evaluators: Sequence[Any] = (),
         images: Iterable[tuple[str, torch.Tensor]] = (),
     ) -> None:
         """Log a validation: metrics as val/..., images (name, uint8 [3,H,W]), the evaluators' precision-recall curves;
         let the evaluators write their files into the run folder."""
+        self.metrics, self.evaluators = metrics, evaluators
         if not self.enabled:
             return
         self.log(step, {f"val/{name}": value for name, value in metrics.items()})

@@ -44,8 +44,23 @@ def build(
                 group = {"params": params, "name": f"{part} {kind}", "weight_decay": decay}
                 groups.append({**group, "base_lr": rate, "lr": rate})
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=args.momentum)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer](groups)
+        optimizer = torch.optim.SGD(groups, momentum=args.momentum)
+    else:
+        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer](groups)
+    if args.preflight:
+        allocate_state(optimizer)
+    return optimizer
+
+
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer allocate its state (momentum, Adam's moments), as its first step does, so that a later peak of
+    memory includes it. Learning rates are 0 afterwards, and no weight has changed."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def step(

@@ -7,7 +7,7 @@ RUN/metrics.jsonl  flags.json  versions.json  events.out.tfevents.*
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,17 @@ class RunFolder:
                 self.run.print(f"  changed: {line}")
         return self.progress
 
-    def logger(self, plan: Plan, image_path: Callable[[int], str]) -> Logger:
-        """The log of the run; image_path(image_id) is the file of a training image."""
-        flags, first_step = vars(self.args), self.progress.step
+    def logger(self, plan: Plan, train_set: Any) -> Logger:
+        """The log of the run; train_set.image_path(image_id) is the file of a training image."""
         return Logger(
-            self.path, self.run, plan.total_steps, first_step, self.args.batch_size, flags, image_path, self.writes
+            self.path,
+            self.run,
+            plan.total_steps,
+            first_step=self.progress.step,
+            batch_size=self.args.batch_size,
+            flags=vars(self.args),
+            image_path=train_set.image_path,
+            enabled=self.writes,
         )
 
     def save(self, copies: Sequence[str] = ()) -> None:
@@ -117,14 +123,17 @@ class RunFolder:
         """The end of training: print the result, return the metrics. SystemExit with code 130 or 143 after a signal."""
         self.run.close()
         progress = self.progress
+        if stop.signal and self.args.preflight:
+            raise SystemExit(stop.exit_code)
         if self.args.preflight:
             self.run.print(f"preflight: {memory.peaks()}")
             return metrics
         if stop.signal:
             self.run.print(f"stopped and saved at step {progress.step}; continue with --resume auto")
             raise SystemExit(stop.exit_code)
-        for evaluator in evaluators:
-            self.run.print(evaluator.table())
+        for table in [evaluator.table() for evaluator in evaluators] if self.run.is_main else []:
+            if table:
+                self.run.print(table)
         if progress.best is not None:
             weights = f", its weights in {self.path / WEIGHTS}" if (self.path / WEIGHTS).is_file() else ""
             self.run.print(f"best {monitor} {progress.best:.4g} at step {progress.best_step}{weights}")

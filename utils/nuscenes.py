@@ -1,5 +1,7 @@
 """The names of nuScenes: detection classes, attributes, sensors, scenes."""
 
+import importlib.util
+
 CLASSES = (
     "car",
     "truck",
@@ -44,3 +46,9 @@ CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BA
 RADARS = ("RADAR_FRONT", "RADAR_FRONT_LEFT", "RADAR_FRONT_RIGHT", "RADAR_BACK_LEFT", "RADAR_BACK_RIGHT")
 MINI_TRAIN = tuple(f"scene-{number:04}" for number in (61, 553, 655, 757, 796, 1077, 1094, 1100))
 MINI_VAL = ("scene-0103", "scene-0916")
+
+
+def devkit_is_installed() -> bool:
+    """Whether nuscenes-devkit is installed. A folder that happens to be called nuscenes is not it."""
+    spec = importlib.util.find_spec("nuscenes")
+    return spec is not None and spec.origin is not None

@@ -12,6 +12,7 @@ import torch
 
 from utils.errors import WeightsError
 
+FORMAT_VERSION = 1  # of our checkpoints
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save before version 1.6
 
 
@@ -32,13 +33,13 @@ def read(path: str | Path) -> dict:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"a pickled object ({name[1]})" if name else "pickled objects"
         raise WeightsError(
-            f"{path}: holds {what}, and loading it would run its code: refused; "
+            f"{path}: contains {what}, and loading it would run its code: refused; "
             "in the program that wrote it, save model.state_dict() instead"
         ) from None
     except (RuntimeError, EOFError, LookupError, ValueError, OSError, struct.error) as error:
         raise WeightsError(f"{path}: damaged: {first_line(error)}; use another copy") from None
     if not isinstance(contents, dict):
-        raise WeightsError(f"{path}: holds a {type(contents).__name__}, not a dict of tensors")
+        raise WeightsError(f"{path}: contains a {type(contents).__name__}, not a dict of tensors")
     return contents
 
 

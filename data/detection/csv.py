@@ -67,12 +67,13 @@ def _split_files(roots, split, files):
 def _read_rows(file, class_file, classes, annotations):
     """Read every row of `file`. Other names than `classes` are errors, unless there is no `class_file`."""
     positions, allowed = {}, set(classes) if class_file else None  # path as written -> position, None if left out
-    rows, errors = csv.reader(read_lines(file)), annotations.errors
+    rows, errors, is_empty = csv.reader(read_lines(file)), annotations.errors, True
     try:
         for row in tqdm(rows, desc=f"reading {file.name}", unit=" rows", disable=None):
             fields, place = [field.strip() for field in row], f"line {rows.line_num}"
             if not fields:
                 continue
+            is_empty = False
             if not positions and _is_header(fields):
                 raise DataError(file, place, f"{','.join(fields)} is a header; remove it: rows are {ROW}")
             if len(fields) != len(COLUMNS) or not fields[0]:
@@ -86,7 +87,7 @@ def _read_rows(file, class_file, classes, annotations):
                 errors.append(DataError(file, place, reason, kind="box"))
     except csv.Error as error:
         raise DataError(file, f"line {rows.line_num}", f"not valid csv: {error}; fix the file") from None
-    if not positions:
+    if is_empty:
         errors.append(DataError(file, "", f"has no rows; write {ROW} for each box"))
 
 

@@ -52,7 +52,11 @@ def _split_file(root, split):
 def _descriptions(root):
     """LabelName -> name, from the official class-descriptions-boxable.csv; empty without it."""
     for file in sorted(root.glob("*class-descriptions-boxable.csv")):
-        return {row[0]: row[1] for row in csv.reader(read_lines(file)) if len(row) >= 2}
+        rows = csv.reader(read_lines(file))
+        try:
+            return {row[0]: row[1] for row in rows if len(row) >= 2}
+        except csv.Error as error:
+            raise DataError(file, f"line {rows.line_num}", f"not valid csv: {error}; fix the file") from None
     return {}
 
 

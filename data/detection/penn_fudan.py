@@ -85,8 +85,15 @@ def _add(annotations, path, values):
 
 
 def names(dataset: BoxDataset) -> list[str]:
-    """File names of the images of a data set, in order: what identifies a split."""
-    return [Path(dataset.paths[index]).name for index in range(len(dataset))]
+    """File names of the images of a data set, in order: what identifies a split. DataError if two are the same."""
+    paths = {}
+    for index in range(len(dataset)):
+        path = Path(dataset.paths[index])
+        if path.name in paths:
+            reason = f"{paths[path.name]} has the same name; rename one, because the split is saved by name"
+            raise DataError(path, "", reason)
+        paths[path.name] = path
+    return list(paths)
 
 
 def split(dataset: BoxDataset, share: float, seed: int) -> tuple[BoxDataset, BoxDataset]:

@@ -94,8 +94,10 @@ def _read_annotation(path, image, annotations, offset):
 
 
 def _size_of(root, image):
-    """(h, w) in the xml, or of the image file if the xml has none."""
+    """(h, w) in the xml, or of the image file if the xml has none. Raises ValueError for an impossible size."""
     height, width = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
+    if max(height, width) >= 2**31:
+        raise ValueError(f"the image cannot be {width} x {height}")
     return (height, width) if height > 0 and width > 0 else image_size(image)
 
 

@@ -73,6 +73,9 @@ class NuScenesDataset(Dataset):
     enclose the projected corners, clipped; `ignore` marks objects without lidar and radar points, which the official
     score leaves out too.
 
+    root, version      of the data set;  split its name, for messages
+    tables, radar      its Tables; which radar points to read
+    transform          (image, target) -> (image, target), or None; random numbers are seeded from (seed, epoch, i)
     scenes             indices of the scenes to use, see Tables
     samples int32 [S'] samples of the split, rows of the tables;  frames int32 [N] of the images
     sweeps             int32 [S,5,n] frames of each sample's radar sweeps, the newest first, -1 where there is none
@@ -151,7 +154,7 @@ class NuScenesDataset(Dataset):
         return sweeps[sweeps >= 0]
 
     def radar(self, index: int) -> torch.Tensor:
-        """float32 [P,5], the radar points of image `index`, newest sweep first. Reads files; raises DataError."""
+        """float32 [P,5], the radar points of image `index`, by radar, the newest sweep first. Raises DataError."""
         pose = self.pose(self.frames[index])
         points = np.concatenate([np.zeros((0, 5)), *(self.sweep(frame, *pose) for frame in self.sweeps_of(index))])
         points = points[(points[:, 2] > 0) & (points[:, 2] <= self.radar_options.max_distance)]

@@ -1,6 +1,5 @@
 """Which scenes a split has, and which key frames to show."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 from data.files import read_lines
 from data.nuscenes.dataset import NuScenesDataset
 from utils.errors import DataError
-from utils.nuscenes import MINI_TRAIN, MINI_VAL
+from utils.nuscenes import MINI_TRAIN, MINI_VAL, devkit_is_installed
 
 SPLITS = {"mini_train": MINI_TRAIN, "mini_val": MINI_VAL}
 SPLITS_OF_VERSION = {"v1.0-mini": ("mini_val", "mini_train"), "v1.0-trainval": ("val", "train"), "v1.0-test": ("test",)}
@@ -22,8 +21,7 @@ def scenes_of(split: str, folder: Path) -> Sequence[str]:
     for file in (folder / f"{split}.txt", Path(split)):
         if file.is_file():
             return [line.strip() for line in read_lines(file) if line.strip()]
-    devkit = importlib.util.find_spec("nuscenes")
-    if devkit is None or devkit.origin is None:  # a mere folder of that name has no origin
+    if not devkit_is_installed():
         remedy = f"install nuscenes-devkit, or write the names of its scenes to {folder / f'{split}.txt'}, one per line"
         raise DataError(f"split {split}", "", f"without the devkit only {' and '.join(SPLITS)} are known; {remedy}")
     from nuscenes.utils import splits

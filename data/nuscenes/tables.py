@@ -148,7 +148,7 @@ def _records(file: Path) -> Iterator[dict]:
                 except ValueError as error:  # usually because the rest of the record has not been read yet
                     more = stream.read(CHUNK)
                     if not more or len(text) - position > CHUNK:
-                        reason = f"not valid JSON: {error}; download the tables again"
+                        reason = f"not valid JSON: {getattr(error, 'msg', error)}; download the tables again"
                         raise DataError(file, f"record {number + 1}", reason) from None
                     text, position = text[position:] + more, 0
                     continue
@@ -226,6 +226,8 @@ def _read_calibrations(folder):
         translation.extend(_numbers(record, "translation", 3))
         is_camera = 0 <= channel < len(CAMERAS)
         for line in _numbers(record, "camera_intrinsic", 3) if is_camera else [[0, 0, 0]] * 3:
+            if len(line) != 3:
+                raise ValueError(f"camera_intrinsic has a row of {len(line)} numbers, not 3")
             intrinsic.extend(line)
 
     _for_each(folder, "sensor", read_sensor)

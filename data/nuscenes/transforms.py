@@ -117,7 +117,7 @@ def flip_target(target: dict, width: int) -> dict:
     }
 
 
-def train(
+def centerfusion_train(
     size: Size = (448, 800), flip: float = 0.5, shift: float = 0.1, scale: float = 0.0, color: float = 0.5
 ) -> v2.Compose:
     """Training augmentation; `flip` and `color` are probabilities, for `shift` and `scale` see `ShiftAndScale`."""
@@ -125,6 +125,6 @@ def train(
     return v2.Compose(steps + [PhotometricDistort(color)] * bool(color))
 
 
-def evaluate(size: Size = (448, 800)) -> ShiftAndScale:
+def centerfusion_eval(size: Size = (448, 800)) -> ShiftAndScale:
     """The whole image resized to the network's width."""
     return ShiftAndScale(size)

@@ -58,7 +58,7 @@ def check_family(state: Mapping, family: str, label: str, user: str) -> None:
     """WeightsError if `state`, under bare names, is not of `family`, which `user` needs."""
     given = family_of(state, FAMILIES, label)
     if given != family:
-        raise WeightsError(f"{label}: holds a {given}, but {user} needs a {family}; give a {family} file")
+        raise WeightsError(f"{label}: contains a {given}, but {user} needs a {family}; give a {family} file")
 
 
 def check_shapes(state: Mapping, needed: Mapping, label: str, user: str, hint: str = "") -> None:

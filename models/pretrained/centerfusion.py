@@ -42,7 +42,7 @@ def fine_tune(net: CenterFusion, path_or_state_dict: str | Path | dict, strict: 
     saved, state, label = open_weights(path_or_state_dict)
     family = family_of(state, FAMILIES, label)
     if family != net.name:
-        raise WeightsError(f"{label}: holds a {family}, not a {net.name}; give a {net.name} file")
+        raise WeightsError(f"{label}: contains a {family}, not a {net.name}; give a {net.name} file")
     own, classes, wanted = net.state_dict(), saved.get("classes"), getattr(net, "classes", None)
     parts = [*BODY]  # what is loaded
     for head in (*net.first_heads, *net.second_heads):

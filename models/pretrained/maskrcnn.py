@@ -42,7 +42,7 @@ def describe(family: str, state: State, label: str) -> NetworkWeights:
     body = family_of(backbones.bare_names(state), backbones.FAMILIES, label)
     name = f"maskrcnn_{body}" + "_v2" * ("backbone.fpn.inner_blocks.0.1.weight" in state)
     if name not in NETWORKS:
-        raise WeightsError(f"{label}: holds a {name}; known are {', '.join(NETWORKS)}")
+        raise WeightsError(f"{label}: contains a {name}; known are {', '.join(NETWORKS)}")
     count = len(state[f"{CLASSIFIER}.weight"]) - 1
     classes = next((list(names) for names in (COCO_IDS[1:], COCO) if len(names) == count), None)
     arguments = {}
@@ -68,7 +68,7 @@ def fine_tune(net: MaskRCNN, path_or_state_dict: str | Path | dict, strict: bool
     """Load a complete Mask R-CNN, published or ours, of the same widths; see `load_with_classes`."""
     weights = open_network(path_or_state_dict, FAMILIES, describe)
     if weights.name != net.name:
-        raise WeightsError(f"{weights.label}: holds a {weights.name}, not a {net.name}; give a {net.name} file")
+        raise WeightsError(f"{weights.label}: contains a {weights.name}, not a {net.name}; give a {net.name} file")
     for name in ("width", "hidden"):
         given, own = weights.arguments.get(name), net.arguments.get(name)
         if given != own:

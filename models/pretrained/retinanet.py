@@ -117,7 +117,7 @@ def fine_tune(net: RetinaNet, path_or_state_dict: str | Path | dict, strict: boo
     """Load a complete RetinaNet, published or ours, of the same depth and anchors; see `load_with_classes`."""
     weights = open_network(path_or_state_dict, FAMILIES, describe)
     if weights.name != net.name:
-        raise WeightsError(f"{weights.label}: holds a {weights.name}, not a {net.name}")
+        raise WeightsError(f"{weights.label}: contains a {weights.name}, not a {net.name}")
     for name, flag in (("depth", "--depth"), ("anchors", "--anchors"), ("anchor_scale", "--anchor-scale")):
         given, own = weights.arguments.get(name, net.arguments[name]), net.arguments[name]
         if given != own:

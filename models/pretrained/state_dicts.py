@@ -153,7 +153,7 @@ def load_with_classes(
 def other_classes(classes: Sequence[str] | None, wanted: Sequence[str] | None, given: int, count: int) -> str:
     """The end of an error: a file with `given` classes called `classes`, data with `count` called `wanted`."""
     if not (classes and wanted):
-        return f"holds {given} classes, the data {count}; give the data that it was trained on"
+        return f"contains {given} classes, the data {count}; give the data that it was trained on"
     lists = [", ".join(names[:MAX_NAMES]) + " ..." * (len(names) > MAX_NAMES) for names in (classes, wanted)]
     remedy = "give the data that it was trained on, or continue its run with --resume"
     return f"its {given} classes are ({lists[0]}), the data's {count} ({lists[1]}); {remedy}"

@@ -51,6 +51,7 @@ def test_classes_of_the_data(tmp_path):
 
 def test_class_names_must_agree_with_a_checkpoint():
     assert agree_on_classes(["a", "b"], ["a", "b"], False) == ["a", "b"]
+    assert agree_on_classes(["a", "b"], ("a", "b"), False) == ["a", "b"]
     assert agree_on_classes(["a", "b"], ["b", "c"], False) == ["a", "b"]
     assert agree_on_classes(["a", "b"], ["b", "a"], True) == ["a", "b"]
     with pytest.raises(DataError, match=r"\(a, b\).*\(b, a\).*--remap-by-name"):

@@ -44,6 +44,12 @@ def test_inputs_without_files(tmp_path, name, reason):
         video_input.find_files([str(tmp_path / name)], tmp_path / "out")
 
 
+def test_a_folder_within_the_output_folder(tmp_path):
+    write_image(tmp_path / "photos" / "1.jpg")
+    with pytest.raises(DataError, match=r"all its images are in the output folder .*; give another --out"):
+        video_input.find_files([str(tmp_path / "photos")], tmp_path)
+
+
 def test_image_ids_are_the_numbers_in_the_names_if_all_differ(tmp_path):
     files = [tmp_path / name for name in ("000139.jpg", "7.png")]
     assert video_input.image_ids(files) == {files[0]: 139, files[1]: 7}

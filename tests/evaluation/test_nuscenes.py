@@ -225,7 +225,7 @@ def test_the_printed_line_tells_how_much_was_scored(samples, cameras, split, lin
 
 def test_two_processes_equal_one(scene, monkeypatch):
     """Without the devkit: the main process makes the submission of both, and both get its metrics."""
-    monkeypatch.setattr(nuscenes_devkit, "is_installed", lambda: True)
+    monkeypatch.setattr(nuscenes, "devkit_is_installed", lambda: True)
     monkeypatch.setattr(nuscenes_devkit, "open_tables", lambda *arguments: None)
     submissions = []
     monkeypatch.setattr(nuscenes_devkit, "score", lambda submission, _: submissions.append(submission) or {"NDS": 0.5})

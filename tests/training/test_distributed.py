@@ -303,7 +303,7 @@ def check_run_folder(run, folder):
 def check_non_finite_loss(run, folder):
     """The process with the first one names it in all processes; the others have it one step later."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
-    with Logger(folder / "log", run, total_steps=2, image_path="{}.jpg".format, enabled=False) as log:
+    with Logger(folder / "log", run, total_steps=2, image_path="{}.jpg".format) as log:
         log.add(1, {"loss": torch.tensor(math.nan if run.rank == 1 else 1.0)}, [run.rank])
         log.add(2, {"loss": torch.tensor(math.nan)}, [run.rank])
         with pytest.raises(NonFiniteLoss, match=r"non-finite loss at step 1: loss nan; images 1\.jpg"):

@@ -19,6 +19,15 @@ def groups_of(net, words="", body=0.1):
     return {group["name"]: group for group in build(net, words, body).param_groups}
 
 
+@pytest.mark.parametrize(("optimizer", "state"), [("sgd", "momentum_buffer"), ("adamw", "exp_avg_sq")])
+def test_preflight_allocates_the_state_and_changes_no_weight(optimizer, state):
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    built = build(net, f"--preflight --optimizer {optimizer} --weight-decay 0.5")
+    assert all(built.state[p][state].shape == p.shape and p.grad is None for p in net.parameters())
+    torch.testing.assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
+
+
 def test_every_trained_parameter_is_in_one_group_with_its_rate_and_decay():
     net = network()
     groups = groups_of(net, "--weight-decay 0.05 --norm-weight-decay 0")

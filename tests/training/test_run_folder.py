@@ -3,6 +3,7 @@ import json
 import os
 import resource
 import signal
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from training.plan import Plan
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 from utils.errors import UsageError
+
+TRAIN_SET = types.SimpleNamespace(image_path=str)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +262,7 @@ def test_runs_that_do_not_train_leave_nothing(tmp_path, run, words):
     folder.save()
     folder.save_weights(parts["model"])
     folder.write_lines("labels.txt", ["a"])
-    with folder.logger(Plan(folder.args, 10), str) as logger:
+    with folder.logger(Plan(folder.args, 10), TRAIN_SET) as logger:
         logger.log(1, {"x": 1.0})
     assert not (tmp_path / "new").exists()
 
@@ -284,7 +287,7 @@ def test_an_untrained_network_is_not_evaluated(tmp_path, run, weights):
 def test_the_logger_has_the_steps_and_flags_of_the_run(tmp_path, run):
     folder, _ = opened(tmp_path, run)
     folder.progress.step = 3
-    with folder.logger(Plan(small_run.flags("--steps 5"), 10), str) as logger:
+    with folder.logger(Plan(small_run.flags("--steps 5"), 10), TRAIN_SET) as logger:
         assert (logger.total_steps, logger.batch_size) == (5, 4)
     assert json.loads((tmp_path / "flags.json").read_text())["batch_size"] == 4
 
@@ -305,6 +308,14 @@ def test_the_end_of_training_prints_the_best_validation(tmp_path, run, capsys):
     folder.save_weights(parts["model"])
     folder.finish(StopSignals(run), "AP", {}, [])
     assert f"best AP 0.25 at step 3, its weights in {tmp_path / 'backbone.pt'}" in capsys.readouterr().out
+
+
+def test_the_end_of_training_asks_the_main_process_only_for_tables(tmp_path, run):
+    """The others may not have what a table shows."""
+    folder, _ = opened(tmp_path, dataclasses.replace(run, rank=1))
+    evaluator = Evaluator()
+    evaluator.table = lambda: pytest.fail("not the main process")
+    assert folder.finish(StopSignals(run), "AP", {"AP": 0.2}, [evaluator]) == {"AP": 0.2}
 
 
 def test_the_end_after_a_signal_has_its_exit_code(tmp_path, run, capsys):

@@ -33,7 +33,7 @@ def test_tensors_are_read(written):
 
 
 def test_other_contents_are_refused(written):
-    with pytest.raises(WeightsError, match=r"x.pt: holds a list, not a dict"):
+    with pytest.raises(WeightsError, match=r"x.pt: contains a list, not a dict"):
         torch_files.read(written([1]))
 
 

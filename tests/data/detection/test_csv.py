@@ -138,6 +138,13 @@ def test_all_errors_in_one_pass(tmp_path):
     assert [dataset.annotation(i)["labels"].tolist() for i in range(len(dataset))] == [[1], [0]]
 
 
+def test_a_file_without_a_valid_row(tmp_path):
+    _, errors = read(csv_root(tmp_path / "short", ["a.jpg,5,5"]))
+    assert [error.place for error in errors] == ["line 1"]
+    _, errors = read(csv_root(tmp_path / "empty", [""]))
+    assert "has no rows" in str(errors[0])
+
+
 def test_classes_without_a_file(tmp_path):
     """The names in the training rows, sorted; those that only validation has are left out, as in every layout."""
     root = csv_root(tmp_path, ["a.jpg,0,0,9,9,emu", "b.jpg,0,0,9,9,cat"], classes=None)

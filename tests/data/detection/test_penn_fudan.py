@@ -1,6 +1,7 @@
 """PennFudanPed folders: masks and boxes, all errors in one pass, and the split by seed."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -160,6 +161,13 @@ def test_the_split_depends_on_the_seed(root):
     assert [len(part) for part in penn_fudan.split(dataset, 1.0, 0)] == [1, 23]
     with pytest.raises(DataError, match="1 image: too few"):
         penn_fudan.split(dataset.select([3]), 0.2, 0)
+
+
+def test_two_images_of_one_name_are_an_error(root, tmp_path):
+    """The saved split could not tell them apart."""
+    shutil.copytree(root, tmp_path / "copy")
+    with pytest.raises(DataError, match=r"\.png has the same name; rename one"):
+        load_penn_fudan([root, tmp_path / "copy"])
 
 
 def test_an_earlier_split_by_its_file_names(root):

@@ -159,6 +159,7 @@ def test_all_errors_in_one_pass(tmp_path):
         "truncated": xml(item())[:-9],
         "empty": "",
         "odd size": xml(item(), size=("wide", 80)),
+        "impossible size": xml(item(), size=(2**31, 80)),
         "unknown encoding": '<?xml version="1.0" encoding="klingon"?>' + xml(item()),
         "multi-byte encoding": '<?xml version="1.0" encoding="gbk"?>' + xml(item()),
         "no_xml": None,
@@ -175,15 +176,15 @@ def test_all_errors_in_one_pass(tmp_path):
         f"{root / 'Annotations/boxes.xml'}: object {number}: {reason}"
         for number, (_, reason) in enumerate(objects, start=2)
     ]
-    invalid = ("truncated", "empty", "odd size", "unknown encoding", "multi-byte encoding")
+    invalid = ("truncated", "empty", "odd size", "impossible size", "unknown encoding", "multi-byte encoding")
     for name, line in zip(invalid, lines[count:]):
         assert line.startswith(f"{root / 'Annotations' / name}.xml: not a valid annotation: ")
-    assert lines[count + 5 :] == [
-        f"{split_file}: line 9: no_xml: no {root / 'Annotations/no_xml.xml'}",
-        f"{split_file}: line 11: no_image: no image in {root / 'JPEGImages'}",
-        f"{split_file}: line 12: neither: no {root / 'Annotations/neither.xml'}",
+    assert lines[count + 6 :] == [
+        f"{split_file}: line 10: no_xml: no {root / 'Annotations/no_xml.xml'}",
+        f"{split_file}: line 12: no_image: no image in {root / 'JPEGImages'}",
+        f"{split_file}: line 13: neither: no {root / 'Annotations/neither.xml'}",
     ]
-    assert [error.kind for error in errors] == ["box"] * count + ["image"] * 8
+    assert [error.kind for error in errors] == ["box"] * count + ["image"] * 9
     assert not any("\n" in line for line in lines)
 
 

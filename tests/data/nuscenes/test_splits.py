@@ -1,5 +1,6 @@
 """Splits of nuScenes, with and without nuscenes-devkit, and key frames to show."""
 
+import importlib.util
 from importlib.machinery import ModuleSpec
 
 import pytest
@@ -31,7 +32,7 @@ def test_a_split_can_be_a_text_file(small, tmp_path):
 
 def test_other_splits_need_the_devkit_or_a_file(monkeypatch, tmp_path):
     for found in (None, ModuleSpec("nuscenes", None, is_package=True)):  # the latter: a folder of that name
-        monkeypatch.setattr(splits.importlib.util, "find_spec", lambda name, found=found: found)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found)
         with pytest.raises(DataError, match=r"split val: .*install nuscenes-devkit, or write .*val\.txt"):
             splits.scenes_of("val", tmp_path)
     (tmp_path / "val.txt").write_text("scene-0003\n")

@@ -115,6 +115,12 @@ def test_tables_larger_than_a_chunk(small, monkeypatch):
             '[{"token": "k", "sensor_token": "s CAM_BACK", "rotation": [1]}]',
             "rotation has 1 numbers, not 4",
         ),
+        (
+            "calibrated_sensor",
+            '[{"token": "k", "sensor_token": "s CAM_BACK", "rotation": [1, 0, 0, 0], "translation": [0, 0, 0], '
+            '"camera_intrinsic": [[1, 0], [0, 1], [0, 0]]}]',
+            "camera_intrinsic has a row of 2 numbers, not 3",
+        ),
         ("sample_annotation", "", "not a JSON list"),
         ("instance", None, "instance.json missing"),
     ],

@@ -249,7 +249,7 @@ def test_flip_happens_with_its_probability():
 @pytest.mark.parametrize("shape", [(450, 800), (225, 400), (900, 1600), (300, 500)])
 @pytest.mark.parametrize("scale", [0.0, 0.3])
 def test_training_recipe_keeps_fields_consistent(shape, scale):
-    transform, flips, counts, affines = transforms.train((112, 200), scale=scale), 0, set(), set()
+    transform, flips, counts, affines = transforms.centerfusion_train((112, 200), scale=scale), 0, set(), set()
     for seed in range(12):
         torch.manual_seed(seed)
         original = scene(*shape, seed=seed)
@@ -265,7 +265,9 @@ def test_training_recipe_keeps_fields_consistent(shape, scale):
 
 def test_pixels_move_as_affine_says():
     """A bright rectangle is where `affine` maps its corners."""
-    for seed, transform in enumerate([transforms.evaluate((112, 200))] + [ShiftAndScale((112, 200), 0.05, 0.2)] * 8):
+    for seed, transform in enumerate(
+        [transforms.centerfusion_eval((112, 200))] + [ShiftAndScale((112, 200), 0.05, 0.2)] * 8
+    ):
         torch.manual_seed(seed)
         image, target = scene()
         image = tv_tensors.Image(torch.full_like(image, GROUND))
@@ -282,7 +284,7 @@ def test_pixels_move_as_affine_says():
 
 
 def test_evaluation_halves_the_image():
-    image, target = transforms.evaluate()(*scene(900, 1600))
+    image, target = transforms.centerfusion_eval()(*scene(900, 1600))
     assert image.shape == (3, 448, 800)
     assert target["affine"].tolist() == [[0.5, 0, 0], [0, 0.5, -1]]
     check_consistent(image, target)
@@ -318,14 +320,14 @@ def test_objects_are_left_out_in_every_field():
     assert torch.equal(filtered["radar"], target["radar"]) and len(target["boxes"]) == 30
     before = {name: value.clone() for name, value in target.items() if isinstance(value, torch.Tensor)}
     torch.manual_seed(2)
-    transforms.train((112, 200), flip=1.0, shift=0.3)(image, target)
+    transforms.centerfusion_train((112, 200), flip=1.0, shift=0.3)(image, target)
     assert_same(before, {name: target[name] for name in before}, rtol=0, atol=0)  # the original is not changed
 
 
 def test_images_without_objects():
     for seed in range(4):
         torch.manual_seed(seed)
-        _, target = transforms.train((112, 200))(*scene(objects=0))
+        _, target = transforms.centerfusion_train((112, 200))(*scene(objects=0))
         assert target["boxes"].shape == (0, 4) and target["velocity"].shape == (0, 3)
 
 
@@ -338,14 +340,14 @@ def dataset(small):
 
 
 def test_samples_depend_on_seed_epoch_and_index_only(dataset):
-    dataset.transform = transforms.train((56, 100))
+    dataset.transform = transforms.centerfusion_train((56, 100))
     sample, again, other = dataset[1, 4], dataset[1, 4], dataset[2, 4]
     assert torch.equal(sample[0], again[0]) and not torch.equal(sample[0], other[0])
     assert_same(sample[1], again[1], rtol=0, atol=0)
 
 
 def test_batches_are_the_same_with_workers(dataset):
-    dataset.transform = transforms.evaluate((56, 100))
+    dataset.transform = transforms.centerfusion_eval((56, 100))
     batches, from_workers = (
         list(loader.eval_loader(dataset, 5, loader.Process(workers=workers))) for workers in (0, 2)
     )

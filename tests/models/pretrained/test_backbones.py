@@ -42,13 +42,13 @@ def test_load_body_from_any_file_of_its_family(tmp_path):
 
 def test_another_family_or_shape_is_refused(tmp_path):
     torch.save(checkpoint(models.build("resnet18", 5)), tmp_path / "x.pt")
-    line = "x.pt: holds a resnet18, but retinanet needs a resnet50; give a resnet50 file"
+    line = "x.pt: contains a resnet18, but retinanet needs a resnet50; give a resnet50 file"
     with pytest.raises(WeightsError, match=line):
         backbones.load_body(resnet.body(50), "resnet50", tmp_path / "x.pt", "retinanet")
     wrong = {**models.build("resnet18", 5).state_dict(), "layer4.1.conv2.weight": torch.zeros(512, 512, 1, 1)}
     with pytest.raises(WeightsError, match=r"layer4.1.conv2.weight is \[512, 512, 1, 1\], retinanet needs"):
         backbones.load_body(resnet.body(18), "resnet18", wrong, "retinanet")
-    with pytest.raises(WeightsError, match=r"x.pt: holds a resnet18, but this run needs a dla34; give a dla34 file"):
+    with pytest.raises(WeightsError, match=r"x.pt: contains a resnet18, but this run needs a dla34; give a dla34 file"):
         backbones.fine_tune(models.build("dla34", 5), tmp_path / "x.pt")
 
 
@@ -75,5 +75,5 @@ def test_last_layer_by_class_name(tmp_path):
     net.classes = ["ant", "bee", "cow"]
     assert backbones.fine_tune(net, file, strict=True) == "122 of 122 tensors loaded"
     assert_same_state(net, source)
-    with pytest.raises(WeightsError, match="state dict: holds 3 classes, the data 5"):  # of unknown names
+    with pytest.raises(WeightsError, match="state dict: contains 3 classes, the data 5"):  # of unknown names
         backbones.fine_tune(models.build("resnet18", 5), source.state_dict(), strict=True)

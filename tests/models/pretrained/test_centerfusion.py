@@ -82,9 +82,9 @@ def test_backbone(name):
 
 def test_other_networks_are_refused():
     net = build()
-    with pytest.raises(WeightsError, match="holds a centerfusion_resnet34, not a centerfusion_resnet18"):
+    with pytest.raises(WeightsError, match="contains a centerfusion_resnet34, not a centerfusion_resnet18"):
         centerfusion.fine_tune(net, models.build("centerfusion_resnet34", 10).state_dict())
-    with pytest.raises(WeightsError, match="holds a dla34, but centerfusion_resnet18 needs a resnet18"):
+    with pytest.raises(WeightsError, match="contains a dla34, but centerfusion_resnet18 needs a resnet18"):
         centerfusion.load_backbone(net, DLA34(7).state_dict())
     for load in (centerfusion.fine_tune, centerfusion.load_backbone):
         with pytest.raises(WeightsError, match="unknown weights"):

@@ -181,7 +181,7 @@ def test_imagenet_of_a_classifier(downloads, resnet18_file):
         torch.testing.assert_close(net.conv1.weight, torch.load(resnet18_file)["conv1.weight"], rtol=0, atol=0)
     with pytest.raises(WeightsError, match="torchvision has no weights of mobilenet_v1; or name a file with --weights"):
         init(models.build("mobilenet_v1", 3), "imagenet")
-    with pytest.raises(WeightsError, match="holds 1000 classes, the data 2"):
+    with pytest.raises(WeightsError, match="contains 1000 classes, the data 2"):
         init(build("classifier"), "imagenet", strict=True)
 
 

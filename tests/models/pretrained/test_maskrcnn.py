@@ -63,7 +63,7 @@ def test_published_files_load_strictly():
         ({k: v for k, v in state.items() if k != f"{HEADS[2]}.weight"}, "unknown weights"),
         (
             {**state, "backbone.body.layer3.5.conv2.weight": torch.zeros(1)},
-            "holds a maskrcnn_resnet34; known are maskrcnn_resnet50, ",
+            "contains a maskrcnn_resnet34; known are maskrcnn_resnet50, ",
         ),
     ):
         with pytest.raises(WeightsError, match=line):
@@ -105,9 +105,9 @@ def test_other_variants_are_refused():
     source = build(["a"])
     with pytest.raises(WeightsError, match="was made with width 8, this run has 12; make them the same"):
         fine_tune(build(["a"], width=12), checkpoint(source))
-    with pytest.raises(WeightsError, match="holds a maskrcnn_resnet50, not a maskrcnn_resnet18; give a maskrcnn_"):
+    with pytest.raises(WeightsError, match="contains a maskrcnn_resnet50, not a maskrcnn_resnet18; give a maskrcnn_"):
         fine_tune(source, {**checkpoint(source), "architecture": "maskrcnn_resnet50"})
     with pytest.raises(WeightsError, match="unknown weights"):
         fine_tune(source, {"conv1.weight": torch.zeros(1)})
-    with pytest.raises(WeightsError, match="holds a resnet34, but maskrcnn_resnet18 needs a resnet18"):
+    with pytest.raises(WeightsError, match="contains a resnet34, but maskrcnn_resnet18 needs a resnet18"):
         load_backbone(source, models.build("resnet34", 2).state_dict())

@@ -126,7 +126,7 @@ def test_other_variants_are_refused():
         retinanet.fine_tune(build(["a", "b"], anchor_scale=2.0), checkpoint(source))
     with pytest.raises(WeightsError, match=f"{line} --depth 18, this run has 34"):
         retinanet.fine_tune(build(["a", "b"], depth=34), checkpoint(source))
-    with pytest.raises(WeightsError, match="holds a resnet18, not a retinanet"):
+    with pytest.raises(WeightsError, match="contains a resnet18, not a retinanet"):
         retinanet.fine_tune(source, {**checkpoint(source), "architecture": "resnet18"})
-    with pytest.raises(WeightsError, match="holds a resnet18, but retinanet of depth 34 needs a resnet34"):
+    with pytest.raises(WeightsError, match="contains a resnet18, but retinanet of depth 34 needs a resnet34"):
         retinanet.load_backbone(build(["a"], depth=34), models.build("resnet18", 5).state_dict())

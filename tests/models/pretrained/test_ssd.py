@@ -111,9 +111,9 @@ def test_vgg_classifier_is_subsampled():
 def test_backbones_of_another_family_are_refused():
     net = models.build("mb1-ssd", 2)
     for name in ("mobilenet_v2", "resnet18", "vgg16_bn"):
-        with pytest.raises(WeightsError, match=f"holds a {name}, but mb1-ssd needs a mobilenet_v1"):
+        with pytest.raises(WeightsError, match=f"contains a {name}, but mb1-ssd needs a mobilenet_v1"):
             ssd.load_backbone(net, torchvision_features(name).state_dict())
-    with pytest.raises(WeightsError, match="holds a dla34, but mb1-ssd"):
+    with pytest.raises(WeightsError, match="contains a dla34, but mb1-ssd"):
         ssd.load_backbone(net, models.build("dla34", 2).state_dict())
     narrow = models.build("mb2-ssd-lite", 2, width_mult=0.5).state_dict()
     with pytest.raises(WeightsError, match=r"0.0.weight is \[16, 3, 3, 3\], mb2-ssd-lite needs \[32, 3, 3, 3\]"):
