@@ -50,5 +50,6 @@ bench: setup
 docs-images: setup
 	$(BIN)/python -m docs.draw_images
 
+# Also deletes runs/ with all checkpoints.
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache

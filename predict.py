@@ -60,9 +60,7 @@ def parse_args(argv):
     arg("--classes", default="", metavar="NAME,NAME", help="predict only these classes")
     arg("--every", type=cli.positive, default=1, metavar="N", help="use every Nth frame of a video")
     arg("--batch-size", type=cli.positive, default=8, metavar="N", help="images per batch")
-    arg("--device", default="auto", help="auto, cpu, cuda, or one GPU such as cuda:1")
-    precision = "precision of the forward pass; auto: bf16 on a GPU that computes in it natively, else fp32"
-    arg("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precision)
+    cli.add_device_arguments(arg)
     arg = parser.add_argument_group("nuScenes, for CenterFusion").add_argument
     version = "folder of the tables (default: the first that exists of v1.0-mini, v1.0-trainval, v1.0-test)"
     arg("--version", default="", help=version)

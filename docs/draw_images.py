@@ -15,6 +15,7 @@ import synthetic
 WORK, OUT = Path("runs/docs"), Path("docs/images")
 GAP = 8  # pixels between images
 BACKGROUND = (255, 255, 255)
+KEY_FRAME = 4  # the one that is shown, of eight
 # name of the run -> layout of its synthetic data, number of images, script, further flags
 RUNS = {
     "shapes": ("imagefolder", 3000, "backbone", ""),
@@ -91,10 +92,10 @@ def main() -> None:
     detections = predict("detector", WORK / "data/coco/val2017")
     held_out = (WORK / "people/held_out.txt").read_text().splitlines()
     masks = predict("people", *(WORK / "data/pennfudan/PNGImages" / name for name in held_out))
-    key_frame = predict("fusion", WORK / "data/nuscenes", "--samples", 8)[4]
+    key_frames = predict("fusion", WORK / "data/nuscenes", "--samples", 8)
     save(grid(detections[:6], 3, 960), "detections.jpg")
     save(grid(masks[:6], 3, 960), "masks.jpg")
-    with Image.open(key_frame) as image:
+    with Image.open(key_frames[KEY_FRAME]) as image:
         save(column([image], 1800), "cameras_radar.jpg")
         save(column([grid([*detections[:3], *masks[:3]], 6, 1600), image], 1600), "strip.jpg")
 

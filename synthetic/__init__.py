@@ -1,4 +1,4 @@
-"""Draw small data sets in the layouts of real ones, for the demo, the tests and the benchmarks.
+"""Generate small synthetic data sets in the layouts of real ones, for the demo, the tests and the benchmarks.
 
     python -m synthetic voc OUT --images 200 --seed 0
     python -m synthetic open_images OUT --images 200 --seed 0 --size 300x300

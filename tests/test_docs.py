@@ -1,5 +1,6 @@
 """The docs: links resolve, commands parse, and the README stays short."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -17,6 +18,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(
     r"(?:python|torchrun [^`]*?) ((?:train_\w+|predict|export)\.py [^`\n]*|-m (?:synthetic|benchmarks)[^`\n]*)"
 )
+SCRIPTS = sorted(ROOT.glob("*.py"))
 PARSERS = {"synthetic": synthetic.parse_args, "benchmarks": benchmarks.parse_args}
 
 
@@ -43,10 +45,13 @@ def test_links_and_images_resolve(page):
         assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
-@pytest.mark.parametrize("page", [*PAGES, *RECIPES, ROOT / "Makefile"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES, *SCRIPTS, ROOT / "Makefile"], ids=lambda page: page.name)
 def test_commands_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)  # recipes are named relative to it
     text = page.read_text().replace("$(BIN)/", "")
+    if page in SCRIPTS:
+        text = ast.get_docstring(ast.parse(text))
+        assert commands(text)
     for words in commands(text):
         script, *argv = shlex.split(words.removeprefix("-m "))
         parse = PARSERS.get(script) or importlib.import_module(script.removesuffix(".py")).parse_args

@@ -214,10 +214,8 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--log-level", choices=("debug", "info", "warning"), default="info", help=levels)
 
     arg = parser.add_argument_group("devices").add_argument
-    arg("--device", default="auto", help="auto, cpu, cuda, or one GPU such as cuda:1")
+    add_device_arguments(arg)
     arg("--gpus", default="", metavar="0,1", help="several GPUs in one process (DataParallel); see also torchrun")
-    precision = "precision of the forward pass; auto: bf16 on a GPU that computes in it natively, else fp32"
-    arg("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precision)
     arg("--compile", action="store_true", help="compile the network with torch.compile")
     arg("--sync-bn", action="store_true", help="synchronize batch norm over all processes (torchrun, GPUs)")
     arg("--workers", "--num-workers", type=count, default=2, help="data loading processes")
@@ -269,6 +267,13 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     epochs = "also keep the checkpoints of these epochs, such as 20,40"
     arg("--save-epochs", "--save-point", type=numbers, default="", metavar="E,E", help=epochs)
     arg("--keep", type=count, default=0, metavar="N", help="keep only the newest N of each kind of these; 0: all")
+
+
+def add_device_arguments(arg: Callable) -> None:
+    """Declare --device and --precision with `arg`, the add_argument of a parser or group."""
+    arg("--device", default="auto", help="auto, cpu, cuda, or one GPU such as cuda:1")
+    precision = "precision of the forward pass; auto: bf16 on a GPU that computes in it natively, else fp32"
+    arg("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precision)
 
 
 def add_data_arguments(parser: ArgumentParser) -> None:

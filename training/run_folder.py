@@ -35,7 +35,7 @@ class RunFolder:
     """The folder --model-dir of a run, and what its checkpoints contain.
 
     path         Path
-    checkpoint   the checkpoint that this run continues or evaluates, or None
+    checkpoint   the checkpoint that this run continues or evaluates; None without one, and after `restore`
     classes      the class names in it, or None
     progress     of the run; `restore` sets it to that of the checkpoint
     """
@@ -72,6 +72,7 @@ class RunFolder:
             self.run.print(f"resumed epoch {self.progress.epoch} step {step} {loaded} from {file}")
             for line in checkpoint.changed_flags(saved["flags"], vars(args)):
                 self.run.print(f"  changed: {line}")
+            self.checkpoint = None  # free its tensors
         return self.progress
 
     def logger(self, plan: Plan, train_set: Any) -> Logger:
