@@ -53,7 +53,7 @@ def test_commands_parse(page, monkeypatch):
         text = ast.get_docstring(ast.parse(text))
         assert commands(text)
     for words in commands(text):
-        script, *argv = shlex.split(words.removeprefix("-m "))
+        script, *argv = shlex.split(words.removeprefix("-m "), comments=True)
         parse = PARSERS.get(script) or importlib.import_module(script.removesuffix(".py")).parse_args
         if argv not in ([], ["--help"]):
             parse(argv)
