@@ -165,19 +165,19 @@ def predict_images(net, task, names, args, run, threshold, labels):
     for batch in batches(progress, args.batch_size):
         with gallery.timed(len(batch)):
             predictions = predict(net, [image for *_, image in batch], run, threshold, labels)
-        for (path, frame, image), found in zip(batch, predictions):
+        for (path, frame, image), prediction in zip(batch, predictions):
             info = {"id": ids[path] if ids else next(counter), "file_name": str(path)}
             info |= {"height": image.shape[1], "width": image.shape[2]} | ({} if frame is None else {"frame": frame})
             infos.append(info)
             if task == "classes":
-                drawn = draw2d.draw_classes(image, found["labels"], found["scores"], names)
-                rows.append(prediction_files.classification(found, names, info))
+                drawn = draw2d.draw_classes(image, prediction["labels"], prediction["scores"], names)
+                rows.append(prediction_files.classification(prediction, names, info))
             else:
                 if task == "masks":
-                    (found,) = paste_masks([found], [image.shape[-2:]])
-                boxes, masks = found["boxes"], found.get("masks")
-                drawn = draw2d.draw_boxes(image, boxes, found["labels"], names, found["scores"], masks)
-                rows += prediction_files.coco(found, names, info)
+                    (prediction,) = paste_masks([prediction], [image.shape[-2:]])
+                boxes, masks = prediction["boxes"], prediction.get("masks")
+                drawn = draw2d.draw_boxes(image, boxes, prediction["labels"], names, prediction["scores"], masks)
+                rows += prediction_files.coco(prediction, names, info)
             gallery.add(drawn, path.stem if frame is None else f"{path.stem}_{frame:06d}")
     if task == "classes":
         files.write_json(gallery.out / "answers.json", rows)

@@ -47,7 +47,7 @@ class Evaluator:
         return {}
 
     def computed(self) -> Any:
-        """What `compute` has kept; RuntimeError before it."""
+        """What `compute` computed last; RuntimeError before it."""
         if self._computed is None:
             raise RuntimeError("call compute() first")
         return self._computed
@@ -64,6 +64,6 @@ def score_ground_truth(evaluator: Evaluator, dataset: Any) -> dict[str, float]:
         keep = ~target["ignore"]
         detection = {"boxes": target["boxes"][keep], "labels": target["labels"][keep]}
         if "masks" in target:
-            detection["masks"] = [mask for mask, kept in zip(target["masks"], keep.tolist()) if kept]
+            detection["masks"] = [mask for mask, is_kept in zip(target["masks"], keep.tolist()) if is_kept]
         evaluator.update([target], [{**detection, "scores": torch.ones(len(detection["labels"]))}])
     return evaluator.compute()

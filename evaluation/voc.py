@@ -78,11 +78,11 @@ class VOCEvaluator(Evaluator):
         check_batch(targets, detections, len(self.classes))
         for target, detection in zip(targets, detections):
             truth = structured(TRUTH, label=target["labels"], ignore=target["ignore"])
-            found = structured(DETECTION, label=detection["labels"], score=detection["scores"])
+            detected = structured(DETECTION, label=detection["labels"], score=detection["scores"])
             iou = pairwise_iou(to_numpy(detection["boxes"]), to_numpy(target["boxes"]))
-            match_by_class(truth, found, iou, self.iou)
-            match_any_class(truth, found, iou, self.iou)
-            self._buffer.add(target["image_id"], truth, found)
+            match_by_class(truth, detected, iou, self.iou)
+            match_any_class(truth, detected, iou, self.iou)
+            self._buffer.add(target["image_id"], truth, detected)
 
     def compute(self, gather: Callable | None = None) -> dict[str, float]:
         _, truth, detections = self._buffer.gathered(gather)

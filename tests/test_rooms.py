@@ -25,8 +25,8 @@ TEXT = (".py", ".md", ".toml", ".txt", ".sh", ".yml", "Makefile", "run", ".gitig
 
 def files():
     """Every text file of the project."""
-    found = [path for path in ROOT.rglob("*") if path.is_file() and path.name.endswith(TEXT)]
-    return [path for path in found if not SKIPPED & set(path.relative_to(ROOT).parts)]
+    paths = [path for path in ROOT.rglob("*") if path.is_file() and path.name.endswith(TEXT)]
+    return [path for path in paths if not SKIPPED & set(path.relative_to(ROOT).parts)]
 
 
 def room(path):
@@ -82,8 +82,8 @@ def test_no_file_names_the_machine_it_was_made_on():
     private = ["/" + "work/", "/tmp" + "/spec", "/tmp" + "/v211", "FIELD" + "_NOTES", "/ro" + "ot/", "/ho" + "me/"]
     for path in files():
         text = path.read_text()
-        found = [name for name in private if name in text]
-        assert not found, f"{path.relative_to(ROOT)} names {found}"
+        named = [name for name in private if name in text]
+        assert not named, f"{path.relative_to(ROOT)} names {named}"
 
 
 def test_data_knows_no_anchor_and_no_prior():

@@ -58,13 +58,13 @@ def noisy(target, random, num_classes):
     keep = torch.rand(count, generator=random) < 0.7
     scores = torch.randint(1, 20, (count,), generator=random) / 20
     shifts = (0.08 * sides[:, :2] * torch.randn(count, 2, generator=random)).int().tolist()
-    found = {"boxes": boxes[keep], "labels": labels[keep], "scores": scores[keep]}
+    detected = {"boxes": boxes[keep], "labels": labels[keep], "scores": scores[keep]}
     if "masks" in target:
         masks = target["masks"]
         masks = rle.decode([mask["counts"] for mask in masks], size) if isinstance(masks, list) else masks
         masks = [mask.bool().roll(shift, (1, 0)) for mask, shift in zip(masks.repeat(2, 1, 1), shifts)]
-        found["masks"] = torch.stack(masks)[keep] if masks else torch.zeros(0, *size, dtype=torch.bool)
-    return found
+        detected["masks"] = torch.stack(masks)[keep] if masks else torch.zeros(0, *size, dtype=torch.bool)
+    return detected
 
 
 @pytest.fixture
@@ -184,8 +184,8 @@ def test_labels_become_the_category_ids_of_the_file(tmp_path):
     rows = [{"image_id": 9, "category_id": 70, "iscrowd": 0, "bbox": [10, 10, 40, 40], "area": 1600}]
     rows.append(rows[0] | {"category_id": 7, "bbox": [60, 60, 30, 30], "area": 900})
     truth = as_truth({"annotations": rows}, [4, 9], [70, 7, -1, 8])
-    found = make_detection([[10, 10, 50, 50], [60, 60, 90, 90], [1, 1, 5, 5]], [0, 1, 2], [0.5, 0.75, 1.0])
-    evaluator, metrics = evaluate([make_target([], [], image_id=1)], [found], truth=truth)
+    detected = make_detection([[10, 10, 50, 50], [60, 60, 90, 90], [1, 1, 5, 5]], [0, 1, 2], [0.5, 0.75, 1.0])
+    evaluator, metrics = evaluate([make_target([], [], image_id=1)], [detected], truth=truth)
     assert (metrics["AP"], metrics["AP_small"], metrics["AP_medium"], metrics["AP_large"]) == pytest.approx(
         (1, 1, 1, -1)
     )
@@ -267,19 +267,19 @@ def test_no_detections_no_objects_no_images(masks, tmp_path):
     assert metrics["AP_small"] == metrics["AP_large"] == -1
     for name in evaluator.write(tmp_path):
         assert json.loads((tmp_path / name).read_text()) == []
-    for found in (nothing, nothing | {"masks": []}, make_detection([[1, 1, 9, 9]], [0], [0.5])):
-        assert set(evaluate([make_target([], [])], [found], masks=masks)[1].values()) == {-1.0}
+    for detected in (nothing, nothing | {"masks": []}, make_detection([[1, 1, 9, 9]], [0], [0.5])):
+        assert set(evaluate([make_target([], [])], [detected], masks=masks)[1].values()) == {-1.0}
     assert set(evaluate([], [], masks=masks)[1].values()) == {-1.0}
 
 
 @with_and_without_masks
 def test_detections_of_a_crowd_do_not_count(masks):
     target = make_target([[10, 10, 50, 50], [80, 40, 180, 140]], [0, 0], [False, True])
-    found = make_detection([[80, 40, 180, 140], [100, 60, 140, 110], [10, 10, 50, 50]], [0, 0, 0], [0.9, 0.8, 0.7])
-    metrics = evaluate([target], [found], masks=masks)[1]
+    detected = make_detection([[80, 40, 180, 140], [100, 60, 140, 110], [10, 10, 50, 50]], [0, 0, 0], [0.9, 0.8, 0.7])
+    metrics = evaluate([target], [detected], masks=masks)[1]
     assert metrics["AP"] == pytest.approx(1) and metrics.get("mask AP", 1) == pytest.approx(1)
-    found["labels"][:2] = 1  # there is no crowd of this class, and no ground truth
-    assert evaluate([target], [found], masks=masks)[1]["AP"] == pytest.approx(1)
+    detected["labels"][:2] = 1  # there is no crowd of this class, and no ground truth
+    assert evaluate([target], [detected], masks=masks)[1]["AP"] == pytest.approx(1)
 
 
 class RelativeBoxes:
@@ -326,10 +326,10 @@ def test_masks_are_kept_as_run_lengths():
 
 def test_a_mask_scores_apart_from_its_box():
     """The right box around the left half of the mask: a box AP of 1, and a mask that matches up to an IoU of 0.55."""
-    target, found = make_target([[20, 20, 120, 100]], [1]), make_detection([[20, 20, 120, 100]], [1], [0.9])
-    found["masks"][:, :, 76:] = False  # 56 of 100 columns stay
-    metrics = evaluate([target], [found], masks=True)[1]
-    assert 0.55 < float(found["masks"].sum() / target["masks"].sum()) < 0.6
+    target, detected = make_target([[20, 20, 120, 100]], [1]), make_detection([[20, 20, 120, 100]], [1], [0.9])
+    detected["masks"][:, :, 76:] = False  # 56 of 100 columns stay
+    metrics = evaluate([target], [detected], masks=True)[1]
+    assert 0.55 < float(detected["masks"].sum() / target["masks"].sum()) < 0.6
     assert (metrics["AP"], metrics["mask AP50"], metrics["mask AP75"]) == pytest.approx((1, 1, 0))
     assert metrics["mask AP"] == pytest.approx(0.2)  # matched at 0.5 and 0.55 of ten IoUs
 
@@ -337,23 +337,23 @@ def test_a_mask_scores_apart_from_its_box():
 def test_areas_are_those_of_the_masks():
     """A ring of 40 x 40 pixels has a medium box, and as a mask it is a small object."""
     ring = ellipses([[50, 50, 90, 90]]) & ~ellipses([[55, 55, 85, 85]])
-    target, found = make_target([[50, 50, 90, 90]], [0]), make_detection([[50, 50, 90, 90]], [0], [0.9])
-    metrics = evaluate([target | {"masks": ring}], [found | {"masks": ring}], masks=True)[1]
+    target, detected = make_target([[50, 50, 90, 90]], [0]), make_detection([[50, 50, 90, 90]], [0], [0.9])
+    metrics = evaluate([target | {"masks": ring}], [detected | {"masks": ring}], masks=True)[1]
     assert (metrics["mask AP_small"], metrics["mask AP_medium"]) == pytest.approx((1, -1))
 
 
 def test_errors_of_the_caller(tmp_path):
-    target, found = make_target([[10, 10, 50, 50]], [1]), make_detection([[10, 10, 50, 50]], [1], [0.9])
+    target, detected = make_target([[10, 10, 50, 50]], [1]), make_detection([[10, 10, 50, 50]], [1], [0.9])
     evaluator = COCOEvaluator(CLASSES)
     with pytest.raises(ValueError, match="labels from 4 to 4, but 4 classes"):
         evaluator.update([target], [make_detection([[1, 1, 9, 9]], [4], [0.9])])
     with pytest.raises(RuntimeError, match="compute"):
         evaluator.write(tmp_path)
     assert not list(tmp_path.iterdir())
-    for masks in (found["masks"][:, 1:], [{"size": [149, 200], "counts": b"0"}]):
+    for masks in (detected["masks"][:, 1:], [{"size": [149, 200], "counts": b"0"}]):
         with pytest.raises(ValueError, match=r"masks of h, w \(149, 200\), but the file has \(150, 200\)"):
-            evaluate([target], [found | {"masks": masks}], masks=True)
+            evaluate([target], [detected | {"masks": masks}], masks=True)
     with pytest.raises(ValueError, match="fields differ in length"):
-        evaluate([target], [found | {"masks": found["masks"][:0]}], masks=True)
+        evaluate([target], [detected | {"masks": detected["masks"][:0]}], masks=True)
     with pytest.raises(KeyError, match="masks"):
-        evaluate([target], [{name: found[name] for name in ("boxes", "labels", "scores")}], masks=True)
+        evaluate([target], [{name: detected[name] for name in ("boxes", "labels", "scores")}], masks=True)

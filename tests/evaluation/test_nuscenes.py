@@ -152,9 +152,9 @@ def test_true_detections_leave_out_what_is_ignored():
 def cars(count, image_id=0, sample="a", position=0.0):
     """A target and detections of `count` cars at one position with ascending scores."""
     target = {"image_id": image_id, "sample_token": sample, "rotation": np.eye(3), "translation": np.zeros(3)}
-    found = {"center": torch.full((count, 3), position), "dims": torch.ones(count, 3), "yaw": torch.zeros(count)}
-    found |= {"velocity": torch.zeros(count, 3), "labels": torch.zeros(count, dtype=torch.int64)}
-    return target, found | {"scores": torch.arange(count) / 1000, "attribute": found["labels"] + 6}
+    detected = {"center": torch.full((count, 3), position), "dims": torch.ones(count, 3), "yaw": torch.zeros(count)}
+    detected |= {"velocity": torch.zeros(count, 3), "labels": torch.zeros(count, dtype=torch.int64)}
+    return target, detected | {"scores": torch.arange(count) / 1000, "attribute": detected["labels"] + 6}
 
 
 def written(pairs, tmp_path, monkeypatch, **options):
@@ -253,12 +253,12 @@ def scored(root, targets, detections=None, **options):
 
 def noisy(target, random):
     """The truth moved, turned, scaled and with random scores, each object twice."""
-    found = nuscenes.true_detections(target)
-    found = {name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in found.items()}
+    detected = nuscenes.true_detections(target)
+    detected = {name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in detected.items()}
     for name, spread in (("center", 0.4), ("yaw", 0.3), ("velocity", 0.3), ("dims", 0.1)):
-        found[name] = found[name] + spread * torch.randn(found[name].shape, generator=random)
-    scores = torch.rand(len(found["labels"]), generator=random)
-    return found | {"scores": scores, "dims": found["dims"].clamp(min=0.1)}
+        detected[name] = detected[name] + spread * torch.randn(detected[name].shape, generator=random)
+    scores = torch.rand(len(detected["labels"]), generator=random)
+    return detected | {"scores": scores, "dims": detected["dims"].clamp(min=0.1)}
 
 
 @pytest.fixture(scope="module")

@@ -26,13 +26,13 @@ def random_case(seed, images=30, ignore=0.2, spread=4.0, side=100.0, levels=8):
         boxes = random_boxes(rng, int(rng.choice([0, 1, 2, 5])), side)
         labels = rng.integers(0, 3, len(boxes))  # the last class has no box
         near = np.repeat(boxes, 2, axis=0) + rng.normal(0, spread, size=(2 * len(boxes), 4))
-        found = np.concatenate([near, random_boxes(rng, 3, side)])
-        found[:, 2:] = np.maximum(found[:, 2:], found[:, :2] + 1)
-        wrong = rng.integers(0, len(CLASSES), len(found))
+        detected = np.concatenate([near, random_boxes(rng, 3, side)])
+        detected[:, 2:] = np.maximum(detected[:, 2:], detected[:, :2] + 1)
+        wrong = rng.integers(0, len(CLASSES), len(detected))
         right = np.concatenate([np.repeat(labels, 2), wrong[:3]])
         target = {"boxes": boxes, "labels": labels, "ignore": rng.random(len(boxes)) < ignore}
-        kept = rng.random(len(found)) < 0.7
-        detection = {"boxes": found[kept], "labels": np.where(rng.random(len(found)) < 0.8, right, wrong)[kept]}
+        kept = rng.random(len(detected)) < 0.7
+        detection = {"boxes": detected[kept], "labels": np.where(rng.random(len(detected)) < 0.8, right, wrong)[kept]}
         detection["scores"] = rng.integers(1, levels, kept.sum()) / levels
         targets.append({**tensors(target), "image_id": image})
         detections.append(tensors(detection))
@@ -55,14 +55,14 @@ def plain_iou(a, b):
 def plain_outcomes(targets, detections, label, threshold):
     """([(score, is true positive)] in descending order of score, without those that do not count; number of boxes)."""
     everything = sorted(zip(targets, detections, strict=True), key=lambda pair: pair[0]["image_id"])
-    found = [
+    detected = [
         (float(detection["scores"][i]), target, detection["boxes"][i])
         for target, detection in everything
         for i in range(len(detection["boxes"]))
         if detection["labels"][i] == label
     ]
     outcomes, taken = [], set()
-    for score, target, box in sorted(found, key=lambda item: -item[0]):
+    for score, target, box in sorted(detected, key=lambda item: -item[0]):
         best, highest = None, -1.0
         for g in range(len(target["boxes"])):
             iou = plain_iou(box, target["boxes"][g]) if target["labels"][g] == label else -1.0
@@ -217,36 +217,36 @@ def test_detections_of_ignored_boxes_do_not_count():
 
 def test_recall_of_three_in_ten_reaches_0_3():
     targets = [target([BOX], [0], image_id=i) for i in range(10)]
-    found = [detection([BOX] if i < 3 else [], [0] if i < 3 else [], [0.5] if i < 3 else []) for i in range(10)]
-    _, metrics = evaluate(targets, found)
+    detected = [detection([BOX] if i < 3 else [], [0] if i < 3 else [], [0.5] if i < 3 else []) for i in range(10)]
+    _, metrics = evaluate(targets, detected)
     assert metrics["AP_11point/apple"] == 4 / 11
     assert metrics["AP/apple"] == 0.3
 
 
 def test_detections_without_area_or_with_nan_are_false_positives():
-    found = detection([[20, 20, 20, 20], [float("nan")] * 4, BOX], [0, 0, 0], [0.9, 0.8, 0.7])
-    _, metrics = evaluate([target([BOX], [0])], [found])
+    detected = detection([[20, 20, 20, 20], [float("nan")] * 4, BOX], [0, 0, 0], [0.9, 0.8, 0.7])
+    _, metrics = evaluate([target([BOX], [0])], [detected])
     assert metrics["AP/apple"] == pytest.approx(1 / 3)
 
 
 def plain_confusion(targets, detections, score, threshold=0.5):
     table = np.zeros((len(CLASSES) + 1,) * 2, np.int64)
-    for truth, found in zip(targets, detections, strict=True):
+    for truth, detected in zip(targets, detections, strict=True):
         taken = set()
-        for i in sorted(range(len(found["scores"])), key=lambda i: -float(found["scores"][i])):
-            if found["scores"][i] < score:
+        for i in sorted(range(len(detected["scores"])), key=lambda i: -float(detected["scores"][i])):
+            if detected["scores"][i] < score:
                 continue
             choice = []
             for g in range(len(truth["boxes"])):
-                iou = plain_iou(found["boxes"][i], truth["boxes"][g])
+                iou = plain_iou(detected["boxes"][i], truth["boxes"][g])
                 if g not in taken and iou >= threshold:
-                    other = bool(truth["labels"][g] != found["labels"][i])
+                    other = bool(truth["labels"][g] != detected["labels"][i])
                     choice.append((-iou, other, bool(truth["ignore"][g]), g))
             if not choice:
-                table[-1, found["labels"][i]] += 1
+                table[-1, detected["labels"][i]] += 1
             elif not min(choice)[2]:
                 taken.add(min(choice)[3])
-                table[truth["labels"][min(choice)[3]], found["labels"][i]] += 1
+                table[truth["labels"][min(choice)[3]], detected["labels"][i]] += 1
         for g in range(len(truth["boxes"])):
             if g not in taken and not truth["ignore"][g]:
                 table[truth["labels"][g], -1] += 1
@@ -269,8 +269,8 @@ def test_confusion_of_equal_boxes_of_two_classes():
 
 def test_written_tables(tmp_path):
     targets = [target([BOX, FAR], [0, 0], image_id=0), target([BOX], [1], image_id=1)]
-    found = [detection([BOX, NEAR, FAR], [0, 0, 0], [0.9, 0.6, 0.6]), detection([BOX], [2], [0.8])]
-    evaluator, metrics = evaluate(targets, found, classes=["a, b", "pear", "plum", "fig"])
+    detected = [detection([BOX, NEAR, FAR], [0, 0, 0], [0.9, 0.6, 0.6]), detection([BOX], [2], [0.8])]
+    evaluator, metrics = evaluate(targets, detected, classes=["a, b", "pear", "plum", "fig"])
     assert evaluator.write(tmp_path / "run") == ["per_class.csv", "confusion.csv"]
     with open(tmp_path / "run/per_class.csv", newline="") as file:
         rows = list(csv.DictReader(file))
