@@ -3,8 +3,10 @@
 python -m docs.draw_images        an hour and a half on two CPU cores; finished runs in runs/docs are used again
 """
 
+import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,11 +41,18 @@ def train(name: str) -> None:
     run(f"train_{script}", "--config", f"configs/{script}_small.toml", *where, *flags.split())
 
 
-def predict(name: str, *words: object) -> list[Path]:
-    """The images that predict.py draws with the best checkpoint of a run, in order of their names."""
+def predict(name: str, *words: object) -> Path:
+    """The folder that predict.py has filled with the best checkpoint of a run."""
     out = WORK / "predictions" / name
     run("predict", WORK / name / "best.pt", *words, "--out", out)
-    return sorted(path for path in out.glob("*.jpg") if path.name != "sheet.jpg")
+    return out
+
+
+def with_most_objects(out: Path, count: int = 6) -> list[Path]:
+    """The images in a folder of predict.py with the most detections."""
+    detections = json.loads((out / "detections.json").read_text())
+    counts = Counter(Path(detection["file_name"]).stem for detection in detections)
+    return [out / f"{name}.jpg" for name, _ in counts.most_common(count)]
 
 
 def scaled(image: Image.Image, height: int) -> Image.Image:
@@ -89,12 +98,12 @@ def save(image: Image.Image, name: str) -> None:
 def main() -> None:
     for name in RUNS:
         train(name)
-    detections = predict("detector", WORK / "data/coco/val2017")
+    detections = with_most_objects(predict("detector", WORK / "data/coco/val2017"))
     held_out = (WORK / "people/held_out.txt").read_text().splitlines()
-    masks = predict("people", *(WORK / "data/pennfudan/PNGImages" / name for name in held_out))
-    key_frames = predict("fusion", WORK / "data/nuscenes", "--samples", 8)
-    save(grid(detections[:6], 3, 960), "detections.jpg")
-    save(grid(masks[:6], 3, 960), "masks.jpg")
+    masks = with_most_objects(predict("people", *(WORK / "data/pennfudan/PNGImages" / name for name in held_out)))
+    key_frames = sorted(predict("fusion", WORK / "data/nuscenes", "--samples", 8).glob("scene*.jpg"))
+    save(grid(detections, 3, 960), "detections.jpg")
+    save(grid(masks, 3, 960), "masks.jpg")
     with Image.open(key_frames[KEY_FRAME]) as image:
         save(column([image], 1800), "cameras_radar.jpg")
         save(column([grid([*detections[:3], *masks[:3]], 6, 1600), image], 1600), "strip.jpg")
