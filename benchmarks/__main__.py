@@ -37,14 +37,16 @@ HEADER = ("setting", "program", "speed", "waiting", "compared with", "speed", "w
 
 
 def parse_args(argv):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks", description=benchmarks.__doc__, formatter_class=formatter)
-    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for name in ("tables", "loader", *DEFAULTS):
-        arg = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
+    formatter = {"formatter_class": cli.HelpFormatter}
+    parser = argparse.ArgumentParser("python -m benchmarks", description=benchmarks.__doc__, **formatter)
+    names = ("tables", "loader", *DEFAULTS)
+    listed = f"{', '.join(names)}; its flags: BENCHMARK --help"
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK", help=listed)
+    for name in names:
+        arg = commands.add_parser(name, **formatter).add_argument
         arg("--rounds", type=cli.positive, default=3, help="how often each program runs")
         if name == "tables":
-            arg("--copies", type=cli.positive, default=8000, help="size of the tables; 8000: as v1.0-trainval")
+            arg("--copies", type=cli.positive, default=8000, help="size of the tables; 8000: that of v1.0-trainval")
             continue
         arg("--folder", type=Path, help="keep the drawn data sets here; else they are temporary")
         arg("--workers", type=cli.count, default=int(name == "loader"), help="data loading processes")
@@ -55,10 +57,11 @@ def parse_args(argv):
         arg("--arch", default=arch, help="network architecture")
         arg("--size", type=cli.positive, default=size, help="shortest side of the images, in pixels")
         arg("--batch-size", type=cli.positive, default=batch_size, help="images per step")
-        arg("--steps", type=cli.number(int, 2), default=9, help="of each run; the first --log-every are a warm-up")
+        arg("--steps", type=cli.number(int, 2), default=9, help="steps per run; the first --log-every are a warm-up")
         arg("--log-every", type=cli.positive, default=1, help="steps that are timed together; on a GPU 10 or more")
         arg("--device", default="auto", help="auto, cpu, cuda, or one GPU such as cuda:1")
-        arg("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="of the forward pass")
+        precisions = ("fp32", "bf16")
+        arg("--precision", nargs="+", choices=precisions, default=[*precisions], help="of the forward pass, in turn")
         arg("--variants", nargs="+", choices=VARIANTS, default=[], help="also compare the script with these flags")
     args = parser.parse_args(argv)
     if args.benchmark in DEFAULTS and args.steps < 2 * args.log_every:

@@ -34,7 +34,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         default = action.default
-        if default in (None, "", argparse.SUPPRESS) or "default:" in action.help:
+        if default in (None, "", [], argparse.SUPPRESS) or "default:" in action.help:
             return action.help
         if isinstance(action, argparse.BooleanOptionalAction):
             default = action.option_strings[not default]  # --x or --no-x
