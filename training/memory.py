@@ -108,8 +108,10 @@ def out_of_memory_hint(run: Run, image_size: tuple[int, int], batch_size: int, a
     """
     devices = run.world_size * max(1, len(run.gpus))
     micro_batch = -(-batch_size // (devices * accumulate))
-    if micro_batch > 1:
-        flag = f"--accumulate {2 * accumulate} (the same batch in smaller micro-batches)"
+    images = batch_size // devices
+    divisors = [number for number in range(accumulate + 1, images + 1) if images % number == 0]
+    if divisors:
+        flag = f"--accumulate {divisors[0]} (the same batch in smaller micro-batches)"
     elif run.precision == torch.float32:
         flag = "--precision bf16"
     elif batch_size > devices:

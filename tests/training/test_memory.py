@@ -95,6 +95,7 @@ def test_a_full_gpu_becomes_an_error_that_names_the_next_flag():
 def test_out_of_memory_hint_names_the_next_flag():
     run = cpu()
     assert "--accumulate 2" in memory.out_of_memory_hint(run, (300, 300), 8)
+    assert "--accumulate 3" in memory.out_of_memory_hint(run, (300, 300), 6, accumulate=2)  # 4 does not divide 6
     assert "8 images of 300 x 512" in memory.out_of_memory_hint(run, (300, 512), 8)
     assert "--precision bf16" in memory.out_of_memory_hint(run, (300, 300), 8, accumulate=8)
     half = cpu("bf16")
