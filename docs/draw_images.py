@@ -17,7 +17,8 @@ import synthetic
 WORK, OUT = Path("runs/docs"), Path("docs/images")
 GAP = 8  # pixels between images
 BACKGROUND = (255, 255, 255)
-KEY_FRAME = 4  # the one that is shown, of eight
+KEY_FRAME = 3  # the one that is shown, of eight
+MIN_SCORE = 0.6  # of all detections in a shown image
 # name of the run -> layout of its synthetic data, number of images, script, further flags
 RUNS = {
     "shapes": ("imagefolder", 3000, "backbone", ""),
@@ -49,10 +50,12 @@ def predict(name: str, *words: object) -> Path:
 
 
 def with_most_objects(out: Path, count: int = 6) -> list[Path]:
-    """The images in a folder of predict.py with the most detections."""
+    """The images in a folder of predict.py with the most detections, all with a score of at least MIN_SCORE."""
     detections = json.loads((out / "detections.json").read_text())
-    counts = Counter(Path(detection["file_name"]).stem for detection in detections)
-    return [out / f"{name}.jpg" for name, _ in counts.most_common(count)]
+    unsure = {detection["file_name"] for detection in detections if detection["score"] < MIN_SCORE}
+    counts = Counter(detection["file_name"] for detection in detections)
+    names = [Path(name).stem for name, _ in counts.most_common() if name not in unsure]
+    return [out / f"{name}.jpg" for name in names[:count]]
 
 
 def scaled(image: Image.Image, height: int) -> Image.Image:
