@@ -31,9 +31,9 @@ chain: setup
 test: setup
 	$(BIN)/python -m pytest -q -n auto
 
-# Without the tests that train a network.
+# Without the tests of whole programs, which train networks, and of real data.
 test-fast: setup
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow and not realdata"
 
 lint: setup
 	$(BIN)/ruff check .

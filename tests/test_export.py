@@ -18,6 +18,8 @@ from ops.images import normalize
 from tests import export_helpers
 from utils.errors import DataError, UsageError, WeightsError
 
+pytestmark = pytest.mark.slow
+
 SIZE = (96, 128)
 DETECTORS = [(name, {}, (160, 160)) for name in ("mb1-ssd", "mb2-ssd-lite", "sq-ssd-lite")]
 DETECTORS += [("vgg16-ssd", {}, (272, 272)), ("retinanet", {"depth": 18}, SIZE)]
@@ -38,7 +40,6 @@ def shapes_of(values):
     return {value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in values}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "arguments", "size"), DETECTORS)
 def test_detectors(name, arguments, size, tmp_path):
     """onnxruntime finds the boxes of evaluation within 1e-3 pixels, and exactly its classes, at any batch size."""
@@ -52,7 +53,6 @@ def test_detectors(name, arguments, size, tmp_path):
         export_helpers.assert_same_detections(detections, export_helpers.detect(net, images))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1"])
 def test_classifiers(name, tmp_path):
     net, given = saved(tmp_path, name, (64, 64))
@@ -67,7 +67,6 @@ def test_classifiers(name, tmp_path):
         assert scores.argmax(1).tolist() == expected.argmax(1).tolist()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "arguments"), [("mb1-ssd-lite", {}), ("retinanet", {"depth": 18})])
 def test_nms_in_the_graph(name, arguments, tmp_path):
     net, given = saved(tmp_path, name, **arguments)
@@ -86,7 +85,6 @@ def test_nms_in_the_graph(name, arguments, tmp_path):
     export_helpers.assert_same_detections(detections, export_helpers.detect(net, images))
 
 
-@pytest.mark.slow
 def test_jetson_layout(tmp_path, capsys):
     net, given = saved(tmp_path, "mb1-ssd-lite", (160, 160))
     out = tmp_path / "new" / "ssd.onnx"

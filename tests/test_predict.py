@@ -16,6 +16,8 @@ from tests.script_helpers import Script, launch
 from training import checkpoint
 from utils.errors import DataError, UsageError, WeightsError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ssd(drawn, tmp_path_factory):
@@ -85,7 +87,6 @@ def test_only_the_given_classes_are_predicted(ssd, images, tmp_path):
     assert one_class == [row for row in every_class if row["category_name"] == name]
 
 
-@pytest.mark.slow
 def test_a_damaged_image_is_reported_and_the_others_are_predicted(ssd, images, tmp_path):
     whole = min(images.iterdir())
     for name in ("good.jpg", "again.jpg"):
@@ -108,7 +109,6 @@ def test_frames_of_an_animation(ssd, tmp_path):
     assert (tmp_path / "out" / "7_000004.jpg").is_file()
 
 
-@pytest.mark.slow
 def test_retinanet_boxes_are_in_pixels_of_the_files(drawn, tmp_path):
     data = drawn("retinanet")
     Script("retinanet", data).main(tmp_path / "run", "--max-steps", 1)
@@ -148,7 +148,6 @@ def test_masks_are_run_lengths_of_the_size_of_the_file(tmp_path):
     assert (tmp_path / "out" / "noise.jpg").is_file()
 
 
-@pytest.mark.slow
 def test_key_frames_with_radar(drawn, centerfusion, tmp_path, capsys):
     data, path = drawn("centerfusion"), centerfusion
     words = ["--out", tmp_path, "--samples", 1, "--cache-dir", tmp_path, "--threshold", 0]
@@ -178,7 +177,6 @@ def test_key_frames_without_radar(drawn, tmp_path):
     assert len(list(out.glob("scene-*.jpg"))) == 1
 
 
-@pytest.mark.slow
 def test_a_key_frame_with_a_damaged_image(drawn, centerfusion, tmp_path, monkeypatch, capsys):
     """The other five cameras are predicted and submitted."""
     load = NuScenesDataset.load
@@ -197,7 +195,6 @@ def test_a_key_frame_with_a_damaged_image(drawn, centerfusion, tmp_path, monkeyp
     assert len(read(tmp_path / "submission.json")["results"]) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.realdata
 def test_a_real_key_frame(shared, centerfusion, tmp_path):
     data, out = shared / "data/nuscenes_one_sample", tmp_path / "out"
@@ -205,7 +202,6 @@ def test_a_real_key_frame(shared, centerfusion, tmp_path):
     assert len(submission["results"]) == 1 and len(list(out.glob("scene-*.jpg"))) == 1
 
 
-@pytest.mark.slow
 def test_centerfusion_needs_the_nuscenes_folder(drawn, centerfusion, tmp_path):
     data = drawn("centerfusion")
     for words in ([data / "samples" / "CAM_FRONT"], [data, data]):

@@ -256,6 +256,7 @@ def test_a_folder_with_a_run_is_refused(script, run_copy):
     assert last(run_copy)["step"] == 1 and not (run_copy / "step_000002.pt").exists()
 
 
+@pytest.mark.slow
 def test_check_data_lists_a_damaged_image(script, tmp_path):
     data = copy_writable(script.data, tmp_path / "data")
     suffix = "png" if script.name == "maskrcnn" else "jpg"
@@ -269,6 +270,7 @@ def test_check_data_lists_a_damaged_image(script, tmp_path):
     assert error["path"] == str(image)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_user_is_one_line_and_exit_code_2(tmp_path):
     process = launch(
         "train_ssd.py", "--dataset", "voc", "--data", tmp_path / "nowhere", "--model-dir", tmp_path / "run"

@@ -12,13 +12,14 @@ import train_backbone
 from tests.script_helpers import Script, last, log_lines
 from utils.errors import DataError, UsageError, WeightsError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def script(drawn):
     return Script("backbone", drawn("backbone"))
 
 
-@pytest.mark.slow
 def test_the_best_averaged_weights_are_exported(script, tmp_path, capsys):
     metrics = script.main(tmp_path, "--max-steps", 2, "--ema", 0.9)
     assert "ground truth scored as predictions: top-1 1.000" in capsys.readouterr().out
@@ -38,14 +39,12 @@ def test_no_backbone_file_without_a_better_validation(script, tmp_path, capsys):
     assert first.endswith("backbone.pt") and second.endswith("at step 1")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet50", "squeezenet1_1", "mobilenet_v2", "dla34"])  # vgg16: see tests/models
 def test_other_networks_train(script, tmp_path, arch):
     assert script.main(tmp_path, "--arch", arch, "--max-steps", 1, "--resolution", 64)["loss"] > 0
     assert models.load(tmp_path / "backbone.pt").name == arch
 
 
-@pytest.mark.slow
 def test_schedules_by_epochs_and_by_steps(script, tmp_path):
     def rates(name, *more):
         script.main(tmp_path / name, "--log-every", 1, "--lr", 1e-3, "--validation-epochs", 99, *more)
@@ -63,7 +62,6 @@ def test_validation_by_steps(script, tmp_path):
     assert [line["step"] for line in log_lines(tmp_path) if "val/top1" in line] == [2, 4, 5]
 
 
-@pytest.mark.slow
 def test_a_backbone_starts_another_and_an_ssd(script, drawn, tmp_path, capsys):
     """For another number of classes only the last layer is new; an SSD prints how many tensors it loaded."""
     script.main(tmp_path / "first", "--arch", "mobilenet_v1", "--max-steps", 1)
@@ -129,7 +127,6 @@ def test_weights_of_other_classes_are_not_evaluated(script, tmp_path):
         script.main(tmp_path / "bad", "--weights", file, "--eval-only")
 
 
-@pytest.mark.slow
 def test_folders_without_images_and_unreadable_images(script, tmp_path):
     data = synthetic.draw_imagefolder(tmp_path / "data", images=20, seed=2)
     broken = min(data.rglob("*.jpg"))

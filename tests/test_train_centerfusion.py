@@ -13,6 +13,8 @@ from losses import centerfusion
 from tests.script_helpers import ROOT, Script, last
 from utils.errors import DataError, UsageError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def script(drawn):
@@ -35,7 +37,6 @@ def without(words, *flags):
     return [word for word in words if word not in flags]
 
 
-@pytest.mark.slow
 def test_heads_and_images_of_a_camera_network(script, tmp_path):
     words = without(script.words(tmp_path, "--max-steps", 1), "--pointcloud")
     metrics = train_centerfusion.main(words)
@@ -56,7 +57,6 @@ def test_a_frozen_backbone_does_not_change(script, tmp_path):
     assert changed >= {"hm", "velocity"} and not changed & {"base", "dla_up", "ida_up"}
 
 
-@pytest.mark.slow
 def test_the_command_line_of_centerfusion_runs_unchanged(script, tmp_path, monkeypatch):
     line = "ddd --exp_id centerfusion --shuffle_train --train_split mini_train --val_split mini_val --val_intervals 1 "
     line += "--run_dataset_eval --nuscenes_att --velocity --batch_size 2 --lr 2.5e-4 --num_epochs 60 --lr_step 50 "
@@ -79,7 +79,6 @@ def test_a_real_key_frame_trains(script, shared, tmp_path):
     assert metrics["loss"] > 0 and metrics["velocity"] == 0  # velocities need more than one key frame
 
 
-@pytest.mark.slow
 def test_flip_test_and_class_weights_change_what_they_should(script, tmp_path):
     """The mirror image changes the boxes, not the losses; a larger class weight changes the loss, not the boxes."""
     script.main(tmp_path, "--max-steps", 1)
@@ -93,7 +92,6 @@ def test_flip_test_and_class_weights_change_what_they_should(script, tmp_path):
     assert weighted["hm"] > plain["hm"] and weighted["dep"] == plain["dep"] and same_boxes == boxes
 
 
-@pytest.mark.slow
 def test_missing_radar_sweeps_are_listed_or_skipped(script, tables_copy, tmp_path, capsys):
     (tables_copy / "samples").unlink()
     (tables_copy / "samples").mkdir()
@@ -116,7 +114,6 @@ def test_missing_radar_sweeps_are_listed_or_skipped(script, tables_copy, tmp_pat
     assert f"{image}" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_impossible_boxes_are_listed_dropped_or_refused(script, tables_copy, tmp_path, capsys):
     file = tables_copy / "v1.0-mini/sample_annotation.json"
     records = json.loads(file.read_text())
@@ -135,7 +132,6 @@ def test_impossible_boxes_are_listed_dropped_or_refused(script, tables_copy, tmp
     assert f"{file}: record 4: " in printed and "(box dropped)" in printed
 
 
-@pytest.mark.slow
 def test_untrained_heads_predict_nothing(script, tmp_path):
     words = without(script.words(tmp_path, "--max-steps", 1), "--velocity", "--nuscenes_att")
     found = []
@@ -194,7 +190,6 @@ def test_a_folder_without_tables(script, tmp_path):
         script.main(tmp_path / "run", data=tmp_path)
 
 
-@pytest.mark.slow
 def test_the_official_score_by_class(script, tmp_path, capsys):
     pytest.importorskip("nuscenes")
     script.main(tmp_path, "--max-steps", 1)

@@ -14,6 +14,8 @@ from evaluation.coco import MASK_MEASURES, MEASURES
 from tests.script_helpers import Script, last
 from utils.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 LOSSES = {"objectness", "rpn_box", "classification", "box", "mask"}
 
 
@@ -22,7 +24,6 @@ def script(drawn):
     return Script("maskrcnn", drawn("maskrcnn"))
 
 
-@pytest.mark.slow
 def test_boxes_masks_and_losses_are_measured(script, tmp_path, capsys):
     more = ["--max-steps", 3, "--no-freeze-bn", "--save-every-epochs", 1, "--subset", 4]
     metrics = script.main(tmp_path, *more)
@@ -34,7 +35,6 @@ def test_boxes_masks_and_losses_are_measured(script, tmp_path, capsys):
     assert (net.name, net.classes, net.min_side, net.max_side) == ("maskrcnn_resnet18", ["person"], 64, 96)
 
 
-@pytest.mark.slow
 def test_the_validation_images_of_a_run_do_not_change(script, tmp_path):
     """Another seed or share of the split does not move images of a run that is resumed."""
     script.main(tmp_path, "--max-steps", 1, "--val-share", 0.3)
@@ -50,7 +50,6 @@ def test_the_validation_images_of_a_run_do_not_change(script, tmp_path):
     assert len(others) == 7 and not set(names) <= set(others)
 
 
-@pytest.mark.slow
 def test_a_backbone_trained_here_starts_it(script, drawn, tmp_path, capsys):
     Script("backbone", drawn("backbone")).main(tmp_path / "backbone", "--max-steps", 1)
     file = tmp_path / "backbone" / "backbone.pt"
@@ -62,7 +61,6 @@ def test_a_backbone_trained_here_starts_it(script, drawn, tmp_path, capsys):
     torch.testing.assert_close(ours[f"backbone.body.{name}"], theirs[name], rtol=0, atol=0)
 
 
-@pytest.mark.slow
 def test_the_numbers_on_coco_are_those_of_pycocotools_on_the_written_files(script, drawn, tmp_path, monkeypatch):
     """Without a score threshold, so that a hardly trained network detects something on every machine."""
     build = models.build
@@ -104,7 +102,6 @@ def test_a_missing_folder(script, tmp_path):
         script.main(tmp_path / "run", data=tmp_path / "nowhere")
 
 
-@pytest.mark.slow
 def test_preflight_does_not_split_the_data_anew(script, tmp_path):
     script.main(tmp_path, "--max-steps", 1)
     before = (tmp_path / "held_out.txt").read_bytes()

@@ -17,6 +17,8 @@ from evaluation.coco import MEASURES
 from tests.script_helpers import Script, finish, last
 from utils.errors import DataError, UsageError, WeightsError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def script(drawn):
@@ -32,7 +34,6 @@ def test_loss_and_sizes(script, tmp_path, capsys):
     assert (net.name, net.num_classes, net.min_side, net.max_side) == ("retinanet", 5, 48, 96)
 
 
-@pytest.mark.slow
 def test_the_twelve_numbers_are_those_of_pycocotools_on_the_written_file(script, tmp_path):
     """A threshold of 0 keeps the boxes of a hardly trained network, and a few of them overlap the ground truth."""
     more = ["--max-steps", 10, "--score-threshold", 0, "--lr", 1e-3, "--no-freeze-bn", "--match-best"]
@@ -47,7 +48,6 @@ def test_the_twelve_numbers_are_those_of_pycocotools_on_the_written_file(script,
     assert [metrics[name] for name in MEASURES] == pytest.approx(scored.stats.tolist(), abs=1e-12)
 
 
-@pytest.mark.slow
 def test_frozen_stages_and_batch_norms_do_not_change(script, tmp_path):
     more = ["--save-every-steps", 1, "--max-steps", 2, "--lr", 0.01, "--freeze-stages", 3, "--match-best"]
     script.main(tmp_path, *more)
@@ -59,7 +59,6 @@ def test_frozen_stages_and_batch_norms_do_not_change(script, tmp_path):
     assert "backbone.body.layer4.0.conv1.weight" in changed and "backbone.body.layer3.0.conv1.weight" in changed
 
 
-@pytest.mark.slow
 def test_a_backbone_trained_here_starts_a_detector_here(script, drawn, tmp_path, capsys):
     backbone = Script("backbone", drawn("backbone"))
     for arch in ("resnet18", "mobilenet_v1"):
@@ -80,7 +79,6 @@ def test_other_layouts(script, tmp_path, layout):
     assert {"AP", "mAP"} < set(script.main(tmp_path / "run", "--dataset", layout, "--max-steps", 1, data=data))
 
 
-@pytest.mark.slow
 def test_command_lines_of_yhenon_run_unchanged(script, tmp_path):
     data = synthetic.draw_csv(tmp_path / "data", images=12, seed=2)
     lines = [
@@ -118,7 +116,6 @@ def test_another_anchor_scale_than_the_checkpoint_is_refused(script, tmp_path):
         script.main(tmp_path, "--resume", "auto", "--eval-only", "--anchor-scale", 2)
 
 
-@pytest.mark.slow
 def test_preflight_of_two_processes_takes_half_a_batch_each(script, tmp_path):
     finish(script.launch(tmp_path, "--preflight", processes=2))
     assert not (tmp_path / "last.pt").exists()

@@ -9,13 +9,14 @@ import train_ssd
 from tests.script_helpers import Script, copy_writable, last, log_lines
 from utils.errors import DataError, UsageError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def script(drawn):
     return Script("ssd", drawn("ssd"))
 
 
-@pytest.mark.slow
 def test_validation_by_mean_ap(script, tmp_path):
     metrics = script.main(tmp_path, "--max-steps", 2, "--validation-mean-ap")
     assert 0 <= metrics["mAP"] <= 1
@@ -47,7 +48,6 @@ def test_other_prior_sizes_than_the_checkpoint_are_refused(script, tmp_path):
         script.main(tmp_path, "--resume", "auto", "--eval-only", "--box-sizes", *range(20, 160, 20))
 
 
-@pytest.mark.slow
 def test_reordered_classes_are_refused_or_remapped(script, tmp_path):
     data = copy_writable(script.data, tmp_path / "data")
     script.main(tmp_path / "run", "--max-steps", 1)

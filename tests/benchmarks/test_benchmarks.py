@@ -13,12 +13,12 @@ from benchmarks import nuscenes_tables, programs
 from benchmarks.programs import Speed
 from data.nuscenes import tables
 
+pytestmark = pytest.mark.slow
 TINY = "--size 96 --batch-size 2 --steps 2 --rounds 1 --device cpu"
 DRAWN_FOR = {"ssd": "retinanet", "maskrcnn": "retinanet"}  # benchmark -> the script whose drawn data it uses
 DRAWN_LAYOUT = {"imagefolder": "backbone", "coco": "retinanet", "nuscenes": "centerfusion"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("benchmark", "flags", "references"),
     [
@@ -86,7 +86,6 @@ def test_loaders_are_compared_with_pillow(drawn, monkeypatch, capsys):
     assert capsys.readouterr().out.count("loader, without workers") == 4
 
 
-@pytest.mark.slow
 def test_cached_tables_are_compared_with_parsing():
     _, row = command_line.main(["tables", "--copies", "2", "--rounds", "1"])
     assert row[0] == "nuScenes tables, 16 samples"

@@ -47,6 +47,7 @@ def make_inputs(batch=2, size=(64, 96)):
     return torch.randn(batch, 3, *size), radar_map, CALIB.expand(batch, 3, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_golden(golden_state, memory_format):
     """DLA-34 with radar: names in order, every head and the association within 1e-4 of its standard deviation."""

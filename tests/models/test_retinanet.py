@@ -48,6 +48,7 @@ def test_golden():
     assert golden.worst_difference(net.anchors((256, 320)), case["anchors"]) < 1e-4
 
 
+@pytest.mark.slow
 def test_golden_50_loads_strictly():
     net, _ = golden_net("retinanet-50-80")
     assert net.arguments == {"depth": 50, "anchors": "yhenon", "anchor_scale": 4.0}

@@ -9,7 +9,7 @@ from models.backbones import resnet
 from tests.model_helpers import randomize_norms
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth", [18, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("train_norms", [False, True])
 def test_folded_norms_change_nothing(depth, train_norms):
     """Against torchvision's, which runs every norm separately.

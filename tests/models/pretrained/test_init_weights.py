@@ -76,6 +76,7 @@ def test_none(family):
     assert line.startswith("no weights to start from") and "--no-freeze-bn" in line and "WARNING" not in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", NETWORKS)
 def test_file_of_the_network(family, tmp_path):
     source, net = build(family), build(family)
@@ -88,6 +89,7 @@ def test_file_of_the_network(family, tmp_path):
         assert_same_state(net, source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", NETWORKS)
 def test_file_with_other_classes(family, tmp_path):
     """The head keeps its random weights; an evaluation refuses that."""
@@ -101,6 +103,7 @@ def test_file_with_other_classes(family, tmp_path):
         init(net, str(tmp_path / "x.pt"), strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["weights", "backbone_weights"])
 @pytest.mark.parametrize("family", ON_RESNET18)
 def test_file_of_the_backbone(family, option, resnet18_file):

@@ -16,6 +16,7 @@ def render(scene, name="CAM_FRONT", size=SIZE):
     return np.asarray(renderer.Renderer(scene, size).render(name, 0.0)[0], np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(simulation.CAMERAS))
 def test_an_object_is_drawn_where_its_box_projects(name):
     camera = simulation.CAMERAS[name]
