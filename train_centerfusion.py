@@ -54,8 +54,7 @@ def parse_args(argv):
     arg("--pc-z-offset", type=cli.number(float, -10, 10), default=0.0, metavar="METERS", help=height)
     dims = "height, width and length of the pillar that a point becomes, in meters"
     arg("--pillar-dims", type=cli.numbers, default="1.5,0.2,0.2", metavar="H,W,L", help=dims)
-    distance = "drop radar points beyond this distance"
-    arg("--max-pc-dist", type=cli.non_negative, default=60.0, metavar="METERS", help=distance)
+    arg("--max-pc-dist", type=cli.non_negative, default=60.0, metavar="METERS", help="drop radar points farther away")
     frustum = "depth range in which a box looks for radar points, as in the published code or in the paper (2/3 of it)"
     arg("--frustum", choices=("published", "paper"), default="published", help=frustum)
 
@@ -156,7 +155,8 @@ def main(argv=None):
     # loss
     class_weights = classes.class_weights(args.class_weights, net.classes, run.device)
     weights = {"weights": centerfusion.WEIGHTS | trained, "class_weights": class_weights}
-    loss_sums, criterion = (functools.partial(loss, **weights) for loss in (centerfusion.loss_sums, centerfusion.loss))
+    loss_sums = functools.partial(centerfusion.loss_sums, **weights)
+    criterion = functools.partial(centerfusion.loss, **weights)
     assign = functools.partial(centerfusion.assign, size=[side // STRIDE for side in size], stride=STRIDE, **limits)
     pixels = {"mean": net.image_mean, "std": net.image_std, "device": run.device, "stride": STRIDE}
     inputs_of = functools.partial(radar.network_inputs, radar=args.pointcloud, dims=args.pillar_dims, **pixels)

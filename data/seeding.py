@@ -5,6 +5,21 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+
+class SeededDataset(Dataset):
+    """A data set of (image, target) with `load(index)`, `transform` (or None) and `seed`: `dataset[i]` and
+    `dataset[epoch, i]` are the transformed sample, its random numbers a function of (seed, epoch, i)."""
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[tv_tensors.Image, dict]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image, target = self.load(index)
+        if self.transform is None:
+            return image, target
+        with seeded(self.seed, epoch, index):
+            return self.transform(image, target)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Make the images in docs/images: train small networks on synthetic data, predict, arrange what predict.py has drawn.
 
-python -m docs.draw_images        an hour and a half on two CPU cores; finished runs in runs/docs are used again
+python -m docs.draw_images        75 minutes on two busy CPU cores; finished runs in runs/docs are used again
 """
 
 import json

@@ -33,19 +33,30 @@ DIVERGING = {
     "centerfusion": "--lr 1e30 --optimizer sgd",
     "maskrcnn": "--lr 1e30 --backbone-lr 1e30 --warmup-steps 0",
 }
-COMMAND_LINES = (  # of the programs whose work the scripts do, as their users write them
-    "retinanet --dataset coco --coco_path ../coco --depth 50",
-    "retinanet --dataset csv --csv_train train.csv --csv_classes classes.csv --csv_val val.csv --depth 18 --epochs 100",
-    "ssd --dataset-type=voc --data=data/drone/ --model-dir=models/drone/ --resolution=512",
+COMMAND_LINES = {  # of the programs whose work the scripts do, as their users write them -> some flags that they set
+    "retinanet --dataset coco --coco_path ../coco --depth 50": {"data": ["../coco"], "arch": "retinanet_resnet50"},
+    "retinanet --dataset csv --csv_train train.csv --csv_classes classes.csv --csv_val val.csv --depth 18 --epochs "
+    "100": {"csv_val": "val.csv", "arch": "retinanet_resnet18", "epochs": 100},
+    "ssd --dataset-type=voc --data=data/drone/ --model-dir=models/drone/ --resolution=512": {
+        "dataset": "voc",
+        "model_dir": "models/drone/",
+        "resolution": 512,
+    },
     "ssd --dataset-type=voc --data=data/drone/ --model-dir=models/x/ --resolution=512 --num-workers=2 --batch-size=4 "
-    "--lr=0.01 --epochs=1000",
+    "--lr=0.01 --epochs=1000": {"workers": 2, "batch_size": 4, "lr": 0.01, "epochs": 1000},
     "ssd --dataset-type=open_images --data data/fruit --model-dir models/fruit --batch-size 4 --epochs 30 "
-    "--resume FILE",
+    "--resume FILE": {"dataset": "open_images", "data": ["data/fruit"], "resume": "FILE"},
     "centerfusion ddd --exp_id centerfusion --shuffle_train --train_split train --val_split mini_val --val_intervals 1 "
     "--run_dataset_eval --nuscenes_att --velocity --batch_size 32 --lr 2.5e-4 --num_epochs 60 --lr_step 50 "
     "--save_point 20,40,50 --gpus 0,1 --not_rand_crop --flip 0.5 --shift 0.1 --pointcloud --radar_sweeps 3 "
-    "--pc_z_offset 0.0 --pillar_dims 1.0,0.2,0.2 --max_pc_dist 60.0 --load_model FILE --freeze_backbone --resume",
-)
+    "--pc_z_offset 0.0 --pillar_dims 1.0,0.2,0.2 --max_pc_dist 60.0 --load_model FILE --freeze_backbone --resume": {
+        "weights": "FILE",
+        "milestones": [50],
+        "save_epochs": [20, 40, 50],
+        "pillar_dims": [1.0, 0.2, 0.2],
+        "resume": "auto",
+    },
+}
 
 
 @pytest.fixture(params=FLAGS)
@@ -310,7 +321,8 @@ def test_numbers_out_of_range_are_refused(script, words, capsys):
 @pytest.mark.parametrize("line", COMMAND_LINES)
 def test_command_lines_of_the_programs_we_replace_are_accepted(line):
     name, *words = line.split()
-    Script(name, None).module.parse_args(words)
+    args = vars(Script(name, None).module.parse_args(words))
+    assert {flag: args[flag] for flag in COMMAND_LINES[line]} == COMMAND_LINES[line]
 
 
 def test_recipes_are_accepted(script):

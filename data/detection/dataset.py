@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
 from data.classes import balanced_weights
 from data.images import image_size, read_image
 from data.packed import PackedBytes, PackedPaths
-from data.seeding import seeded
+from data.seeding import SeededDataset
 from ops import rle
 from utils.coco import CocoTruth
 from utils.errors import DataError
@@ -87,7 +86,7 @@ def clip_box(box: Sequence[float], size: tuple[int, int]) -> array | None:
     return clipped if clipped[2] > clipped[0] and clipped[3] > clipped[1] else None
 
 
-class BoxDataset(Dataset):
+class BoxDataset(SeededDataset):
     """Images with boxes; `dataset[i]` and `dataset[epoch, i]` meet the contract in data/__init__.py.
 
     annotations   filled by a parser
@@ -173,14 +172,6 @@ class BoxDataset(Dataset):
         if "masks" in target:
             target["masks"] = tv_tensors.Mask(rle.decode([mask["counts"] for mask in target["masks"]], size))
         return tv_tensors.Image(image), target
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[tv_tensors.Image, dict]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        image, target = self.load(index)
-        if self.transform is None:
-            return image, target
-        with seeded(self.seed, epoch, index):
-            return self.transform(image, target)
 
     def without(self, indices: Iterable[int]) -> "BoxDataset":
         """This data set without the images at `indices`."""

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from data.classes import balanced_weights
@@ -21,7 +20,7 @@ from data.files import missing_files, shortened
 from data.images import read_image
 from data.nuscenes import radar_points
 from data.nuscenes.tables import CHANNELS, Tables
-from data.seeding import seeded
+from data.seeding import SeededDataset
 from ops.geometry import yaw_to_alpha
 from utils.errors import DataError
 from utils.nuscenes import CAMERAS, CLASSES, RADARS
@@ -54,7 +53,7 @@ class RadarOptions:
             raise ValueError(f"0 to 6 radar sweeps, not {self.sweeps}")
 
 
-class NuScenesDataset(Dataset):
+class NuScenesDataset(SeededDataset):
     """Camera images with 3D boxes and radar; `dataset[i]` and `dataset[epoch, i]` meet the contract in
     data/__init__.py. A target also has
 
@@ -195,14 +194,6 @@ class NuScenesDataset(Dataset):
         pose = self.pose(self.frames[index])
         sweeps = [functools.partial(self.sweep, frame, *pose) for frame in self.sweeps_of(index)]
         return [functools.partial(self.image, index), *sweeps]
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[tv_tensors.Image, dict]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        image, target = self.load(index)
-        if self.transform is None:
-            return image, target
-        with seeded(self.seed, epoch, index):
-            return self.transform(image, target)
 
     def without(self, indices: Iterable[int]) -> "NuScenesDataset":
         """This data set without the images at `indices`."""
