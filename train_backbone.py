@@ -76,19 +76,19 @@ def evaluate(net, val_loader, sample_ids=(), *, run):
     samples: the images with `sample_ids`, (image, label, predicted label) each, to be drawn.
     """
     evaluator, samples = TopKAccuracy(net.classes), []
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, images
+    loss, count = torch.zeros((), dtype=torch.float64, device=run.device), 0
     run.set_eval_mode(net)
     for images, labels, image_ids in val_loader:
         with run.autocast():
             logits = net(normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std))
-        labels = labels.to(run.device)
-        entropy = cross_entropy(logits, labels, 1)["cross_entropy"]
-        sums += torch.tensor([entropy.item(), len(labels)], dtype=torch.float64)
-        evaluator.update(labels, logits)
-        predictions = zip(image_ids, images, labels.tolist(), logits.argmax(1).tolist())
-        samples += [sample for image_id, *sample in predictions if image_id in sample_ids]
-    sums = run.mean(sums)
-    return {"loss": float(sums[0] / sums[1]), **evaluator.compute(run.gather)}, [evaluator], samples
+        labels_on_device = labels.to(run.device, non_blocking=True)
+        loss += cross_entropy(logits, labels_on_device, 1)["cross_entropy"]
+        count += len(labels)
+        evaluator.update(labels_on_device, logits)
+        for row in (row for row, image_id in enumerate(image_ids) if image_id in sample_ids):
+            samples.append((images[row], int(labels[row]), int(logits[row].argmax())))
+    loss = run.mean(loss) / run.mean(count)
+    return {"loss": float(loss), **evaluator.compute(run.gather)}, [evaluator], samples
 
 
 @torch.no_grad()
@@ -173,7 +173,8 @@ def main(argv=None):
             images = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std)
             images, labels = mix(images, labels.to(run.device, non_blocking=True))
             count = args.batch_size / run.world_size
-            for part, part_labels in zip(images.chunk(args.accumulate), labels.chunk(args.accumulate)):
+            parts = zip(images.chunk(args.accumulate), labels.chunk(args.accumulate))
+            for part, part_labels in run.sync_last(wrapped, parts):
                 with run.autocast():
                     logits = wrapped(part)
                 losses = criterion(logits, part_labels, count)

@@ -198,7 +198,8 @@ def main(argv=None):
             images, radar_map, calib = inputs_of(images, targets)
             matched = assign(targets, run.device, radar_map, calib)
             counts = run.mean(centerfusion.count(matched)).clamp(min=1 / run.world_size)  # over all processes
-            for part, part_matched in assignment.micro_batches(args.accumulate, images, matched):
+            parts = assignment.micro_batches(args.accumulate, images, matched)
+            for part, part_matched in run.sync_last(wrapped, parts):
                 with run.autocast():
                     outputs = wrapped(part, association=part_matched.get("radar"))
                 losses = criterion(outputs, part_matched, counts)

@@ -86,16 +86,16 @@ def evaluate(net, val_loader, coco, num_samples=0, *, run, assign, criterion, de
     samples: the first `num_samples` images with objects, (image, target, detections) each, to be drawn.
     """
     evaluators, samples = [VOCEvaluator(net.classes), coco], []
-    sums = torch.zeros(3, dtype=torch.float64)  # regression loss, classification loss, positives
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # regression loss, classification loss, positives
     run.set_eval_mode(net)
     for images, targets in val_loader:
         size, shapes = tuple(images.shape[-2:]), [target["shape"] for target in targets]
         images_on_device = images.to(run.device, non_blocking=True)
         with run.autocast():
             outputs = net(normalize(images_on_device, net.image_mean, net.image_std, shapes))
-        matched = assign(net.anchors(size), targets, net.box_weights)
+        matched = assign(net.anchors(size), targets.to(run.device), net.box_weights)
         losses = criterion(outputs, matched, 1)
-        sums += torch.stack([*losses.values(), assignment.count_positives(matched)]).double().cpu()
+        sums += torch.stack([*losses.values(), assignment.count_positives(matched)])
         detections = detect(outputs, net.anchors(size), net.box_weights, shapes, net.level_sizes(size))
         samples = (samples + [s for s in zip(images, targets, detections) if len(s[1]["labels"])])[:num_samples]
         # COCO tells small objects from large ones by pixels of the file
@@ -184,9 +184,10 @@ def main(argv=None):
             plan.set_lr(optimizer, progress.step)
             image_ids, shapes = ([target[name] for target in targets] for name in ("image_id", "shape"))
             images = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std, shapes)
-            matched = assign(net.anchors(images.shape[-2:]), targets, net.box_weights)
+            matched = assign(net.anchors(images.shape[-2:]), targets.to(run.device), net.box_weights)
             num_positives = run.mean(assignment.count_positives(matched)).clamp(min=1 / run.world_size)
-            for part, part_matched in assignment.micro_batches(args.accumulate, images, matched):
+            parts = assignment.micro_batches(args.accumulate, images, matched)
+            for part, part_matched in run.sync_last(wrapped, parts):
                 with run.autocast():
                     outputs = wrapped(part)
                 losses = criterion(outputs, part_matched, num_positives)

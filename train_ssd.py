@@ -89,15 +89,15 @@ def evaluate(net, val_loader, mean_ap=True, num_samples=0, *, run, assign, crite
     samples: the first `num_samples` images with objects, (image, target, detections) each, to be drawn.
     """
     evaluator, samples = VOCEvaluator(net.classes), []
-    sums = torch.zeros(3, dtype=torch.float64)  # regression loss, classification loss, positives
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # regression loss, classification loss, positives
     run.set_eval_mode(net)
     for images, targets in val_loader:
         size = tuple(images.shape[-2:])
         with run.autocast():
             outputs = net(normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std))
-        matched = assign(net.anchors(size), targets, net.box_weights)
+        matched = assign(net.anchors(size), targets.to(run.device), net.box_weights)
         losses = criterion(outputs, matched, 1)
-        sums += torch.stack([*losses.values(), assignment.count_positives(matched)]).double().cpu()
+        sums += torch.stack([*losses.values(), assignment.count_positives(matched)])
         if mean_ap or len(samples) < num_samples:
             detections = nms.ssd_detections(outputs, net.anchors(size), net.box_weights, size)
             samples = (samples + [s for s in zip(images, targets, detections) if len(s[1]["labels"])])[:num_samples]
@@ -184,9 +184,10 @@ def main(argv=None):
             plan.set_lr(optimizer, progress.step)
             image_ids = [target["image_id"] for target in targets]
             images = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std)
-            matched = assign(net.anchors(size), targets, net.box_weights)
+            matched = assign(net.anchors(size), targets.to(run.device), net.box_weights)
             num_positives = run.mean(assignment.count_positives(matched)).clamp(min=1 / run.world_size)
-            for part, part_matched in assignment.micro_batches(args.accumulate, images, matched):
+            parts = assignment.micro_batches(args.accumulate, images, matched)
+            for part, part_matched in run.sync_last(wrapped, parts):
                 with run.autocast():
                     outputs = wrapped(part)
                 losses = criterion(outputs, part_matched, num_positives)

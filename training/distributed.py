@@ -10,11 +10,11 @@ import os
 import random
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from utils.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,17 @@ class Run:
             net = nn.parallel.DistributedDataParallel(net, device_ids=list(self.gpus) or None)
             net.broadcast_buffers = any(norm.training and norm.track_running_stats for norm in norms)
         return torch.compile(net) if compile else net
+
+    def sync_last(self, wrapped: nn.Module, parts: Iterable[Part]) -> Iterator[Part]:
+        """Yield the micro-batches `parts` of a batch; processes exchange gradients in the last backward pass only.
+
+        wrapped: of `wrap`
+        """
+        parts = list(parts)
+        for part in parts[:-1]:
+            with wrapped.no_sync() if self.world_size > 1 else nullcontext():
+                yield part
+        yield from parts[-1:]
 
     def mean(self, value: float | torch.Tensor) -> torch.Tensor:
         """Mean of a number or tensor (any shape) over the processes: a float tensor without gradient, same shape."""
