@@ -162,7 +162,7 @@ def main(argv=None):
     if args.preflight:
         count = args.batch_size // run.world_size
         first = [[i % len(dataset) for i in range(count)] for dataset in (train_set, val_set)]
-        train_loader, val_loader = loader.one_batch_each((train_set, val_set), first, loader.collate_labels)
+        train_loader, val_loader = loader.one_batch_each((train_set, val_set), first, [loader.collate_labels] * 2)
     sample_ids = set(range(0, len(val_set), -(-len(val_set) // 16)))  # 16 images to draw, from all classes
 
     # train

@@ -14,11 +14,12 @@ import torch
 
 import models
 from data import checks, classes, loader, nuscenes
-from data.nuscenes import transforms
+from data.nuscenes import collate, transforms
 from evaluation.nuscenes import MEASURES, NuScenesEvaluator, score_ground_truth
 from losses import assignment, centerfusion
 from models import pretrained
 from ops import decode3d, radar
+from ops.images import normalize
 from training import cli, distributed, memory, optim
 from training.ema import Ema
 from training.plan import Plan
@@ -90,32 +91,33 @@ def parse_args(argv):
 
 
 @torch.no_grad()
-def evaluate(net, val_loader, evaluator=None, num_samples=0, *, run, inputs_of, assign, loss_sums, flip_test):
+def evaluate(net, val_loader, evaluator=None, num_samples=0, *, run, loss_sums):
     """Losses over the validation set and, with an evaluator, the official score: (metrics, evaluators, samples).
 
     Every process evaluates its share of the images, all get the same metrics. Batch norm statistics do not change.
     samples: the first `num_samples` images with objects, (image, target, detections) each, to be drawn.
     """
     run.set_eval_mode(net)
-    counts, samples = torch.zeros(len(centerfusion.COUNTS), dtype=torch.float64), []
-    sums = {head: torch.zeros_like(counts) for head in centerfusion.WEIGHTS if hasattr(net, head)}
+    heads, samples = [head for head in centerfusion.WEIGHTS if hasattr(net, head)], []
+    counts = torch.zeros(len(centerfusion.COUNTS), dtype=torch.float64, device=run.device)
+    sums, untrained = counts.repeat(len(heads), 1), net.untrained_heads()
     for images, targets in val_loader:
-        with run.autocast():
-            outputs = net(*inputs_of(images, targets))  # radar is associated with the network's own peaks, as in use
-        matched = assign(targets, run.device)
-        for head, terms in loss_sums(outputs, matched).items():
-            sums[head] += terms.double().cpu()
-        counts += centerfusion.count(matched).double().cpu()
-        if flip_test:
-            mirrored = [transforms.flip_target(target, images.shape[-1]) for target in targets]
-            with run.autocast():
-                outputs = decode3d.flip_averaged(outputs, net(*inputs_of(images.flip(-1), mirrored)))
-        detections = decode3d.decode(outputs, targets, STRIDE, without=net.untrained_heads())
+        matched = targets.to(run.device)
+        pixels = normalize(images.to(run.device, non_blocking=True).flip(1), net.image_mean, net.image_std)  # BGR
+        pixels = torch.cat([pixels, pixels.flip(-1)])[: len(matched["calib"])]  # with --flip-test mirror images too
+        with run.autocast():  # radar is associated with the network's own peaks, as in use
+            outputs = net(pixels, matched.get("radar_map"), matched["calib"])
+        mirrored = {head: maps[len(images) :] for head, maps in outputs.items()}
+        outputs = {head: maps[: len(images)] for head, maps in outputs.items()}
+        sums += torch.stack(list(loss_sums(outputs, matched).values()))
+        counts += centerfusion.count(matched)
+        outputs = decode3d.flip_averaged(outputs, mirrored) if len(pixels) > len(images) else outputs
+        detections = decode3d.decode(outputs, targets, STRIDE, without=untrained)
         samples = (samples + [s for s in zip(images, targets, detections) if len(s[1]["labels"])])[:num_samples]
         if evaluator:
             evaluator.update(targets, detections)
     counts = run.mean(counts).clamp(min=1 / run.world_size)
-    losses = {head: float((run.mean(terms) / counts).sum()) for head, terms in sums.items()}
+    losses = dict(zip(heads, (run.mean(sums) / counts).sum(1).tolist()))
     official = evaluator.compute(run.gather, run.is_main) if evaluator else {}
     return {"loss": sum(losses.values()), **losses, **official}, [evaluator] * bool(evaluator), samples
 
@@ -157,9 +159,9 @@ def main(argv=None):
     weights = {"weights": centerfusion.WEIGHTS | trained, "class_weights": class_weights}
     loss_sums = functools.partial(centerfusion.loss_sums, **weights)
     criterion = functools.partial(centerfusion.loss, **weights)
-    assign = functools.partial(centerfusion.assign, size=[side // STRIDE for side in size], stride=STRIDE, **limits)
-    pixels = {"mean": net.image_mean, "std": net.image_std, "device": run.device, "stride": STRIDE}
-    inputs_of = functools.partial(radar.network_inputs, radar=args.pointcloud, dims=args.pillar_dims, **pixels)
+    maps = {"size": tuple(side // STRIDE for side in size), "stride": STRIDE}
+    inputs_of = functools.partial(radar.network_inputs, radar=args.pointcloud, dims=args.pillar_dims, **maps)
+    made = {"inputs_of": inputs_of, "assign": functools.partial(centerfusion.assign, **maps, **limits)}
 
     # optimizer, schedule, resume
     optimizer = optim.build(args, net.parameter_groups(), {"backbone": args.lr, "heads": args.lr})
@@ -171,10 +173,12 @@ def main(argv=None):
 
     # loaders
     process = loader.Process(run.rank, run.world_size, args.workers, run.pin_memory)
-    val_loader = loader.eval_loader(val_set, args.batch_size, process)
-    validate = functools.partial(
-        evaluate, net, run=run, inputs_of=inputs_of, assign=assign, loss_sums=loss_sums, flip_test=args.flip_test
+    collates = (
+        functools.partial(collate.train, **made),
+        functools.partial(collate.val, **made, flip_test=args.flip_test),
     )
+    val_loader = loader.eval_loader(val_set, args.batch_size, process, collates[1])
+    validate = functools.partial(evaluate, net, run=run, loss_sums=loss_sums)
     new_evaluator = functools.partial(NuScenesEvaluator, args.data, args.version, args.val_split, args.pointcloud)
     if args.run_dataset_eval and run.is_main and not args.preflight:
         run.print(score_ground_truth(new_evaluator(merge_distance=0.5), map(val_set.annotation, range(len(val_set)))))
@@ -185,18 +189,18 @@ def main(argv=None):
     sampler = loader.StepSampler(
         len(train_set), args.batch_size, plan.total_steps, args.seed, progress.step, process, balance
     )
-    train_loader = loader.train_loader(train_set, sampler, process)
+    train_loader = loader.train_loader(train_set, sampler, process, collates[0])
     if args.preflight:
         largest = [dataset.most_objects(args.batch_size // run.world_size) for dataset in (train_set, val_set)]
-        train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest)
+        train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest, collates)
 
     # train
     with run_folder.logger(plan, train_set) as logger, StopSignals(run) as stop, memory.advice(run, args, size):
         for images, targets in logger.steps(train_loader):
             plan.set_lr(optimizer, progress.step)
             image_ids = [target["image_id"] for target in targets]
-            images, radar_map, calib = inputs_of(images, targets)
-            matched = assign(targets, run.device, radar_map, calib)
+            images = normalize(images.to(run.device, non_blocking=True).flip(1), net.image_mean, net.image_std)  # BGR
+            matched = targets.to(run.device)
             counts = run.mean(centerfusion.count(matched)).clamp(min=1 / run.world_size)  # over all processes
             parts = assignment.micro_batches(args.accumulate, images, matched)
             for part, part_matched in run.sync_last(wrapped, parts):

@@ -181,7 +181,7 @@ def main(argv=None):
         train_set.transform = val_set.transform = transforms.multiscale_eval(*size)
         count = args.batch_size // run.world_size
         largest = [loader.largest_images(dataset, count, *size) for dataset in (train_set, val_set)]
-        train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest, loader.PadCollate(32))
+        train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest, [loader.PadCollate(32)] * 2)
 
     # train
     with run_folder.logger(plan, train_set) as logger, StopSignals(run) as stop, memory.advice(run, args, size):

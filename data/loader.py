@@ -200,10 +200,11 @@ def init_worker(worker: int) -> None:
 
 
 def one_batch_each(
-    datasets: Sequence[Any], indices: Sequence[Sequence[int]], collate: Callable = collate
+    datasets: Sequence[Any], indices: Sequence[Sequence[int]], collates: Sequence[Callable] = (collate, collate)
 ) -> list[list[tuple]]:
     """For --preflight: in place of a loader for each data set, a list of one batch, of the images at its `indices`."""
-    return [[collate([dataset[int(i)] for i in chosen])] for dataset, chosen in zip(datasets, indices, strict=True)]
+    parts = zip(datasets, indices, collates, strict=True)
+    return [[collate([dataset[int(i)] for i in chosen])] for dataset, chosen, collate in parts]
 
 
 def largest_images(dataset: Any, count: int, min_side: int, max_side: int) -> list[int]:

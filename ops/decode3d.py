@@ -40,9 +40,13 @@ def decode(
     Depth and rotation are those of the second stage if the network has one. The center is the cell of the peak plus
     amodel_offset, converted to pixels of the file and unprojected to that depth.
     """
-    scores, labels, index = topk_peaks(outputs["hm"].float().sigmoid(), count)  # [B,N]
-    heads = {name: gather_cells(outputs[name], index).float() for name in outputs.keys() - {"hm", "pc_hm", *without}}
-    calib, affine = (torch.stack([t[name] for t in targets]).to(scores.device) for name in ("calib", "affine"))
+    peaks = topk_peaks(outputs["hm"].float().sigmoid(), count)  # [B,N] each
+    heads = {name: gather_cells(outputs[name], peaks[2]) for name in outputs.keys() - {"hm", "pc_hm", *without}}
+    columns = [*(value[..., None] for value in peaks), *heads.values()]
+    table = torch.cat([column.float() for column in columns], -1).cpu()  # one copy; the rest is little
+    scores, labels, index, *values = table.split([column.shape[-1] for column in columns], -1)
+    scores, labels, index, heads = scores[..., 0], labels[..., 0].long(), index[..., 0].long(), dict(zip(heads, values))
+    calib, affine = (torch.stack([target[name] for target in targets]) for name in ("calib", "affine"))
     width = outputs["hm"].shape[-1]
     cell = torch.stack([index % width, index // width], dim=-1).float()  # [B,N,2]
     center, half = cell + heads["reg"], heads["wh"].clamp(min=0) / 2  # of the 2D box
@@ -60,7 +64,6 @@ def decode(
         "attribute": best_attribute(heads.get("nuscenes_att"), labels),
         "boxes": torch.cat([center - half, center + half], dim=-1) * stride,
     }
-    detections = {name: value.cpu() for name, value in detections.items()}  # the whole batch at once
     return [{name: value[i] for name, value in detections.items()} for i in range(len(scores))]
 
 

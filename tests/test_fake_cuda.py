@@ -9,7 +9,7 @@ from training.logger import Logger
 
 RUN = ["--device", "cuda", "--max-steps", 3, "--batch-size", 2, "--log-every", 99, "--validation-epochs", 99]
 # How often a training step and a batch of an evaluation wait for the GPU, at most; the first of each may fill caches.
-WAITS = {"backbone": (0, 3), "ssd": (0, 3), "retinanet": (0, 3)}
+WAITS = {"backbone": (0, 3), "ssd": (0, 3), "retinanet": (0, 3), "centerfusion": (0, 3)}
 
 
 @pytest.fixture(params=WAITS)
