@@ -116,7 +116,7 @@ def select(detections, threshold, labels):
 def classify(net, images, run, threshold, labels):
     """The five top-scoring of `labels` for each image (uint8 [3,H,W]): a dict of labels and scores, 0 to 1, each."""
     crop = transforms.classification_eval(net.image_size[0], net.image_size[0])
-    batch = torch.stack([crop(image) for image in images]).to(run.device)
+    batch = torch.stack([crop(image) for image in images]).to(run.device, non_blocking=True)
     with run.autocast():
         logits = net(normalize(batch, net.image_mean, net.image_std))
     scores, indices = logits.float().softmax(1).cpu()[:, labels].topk(min(5, len(labels)))
@@ -133,7 +133,7 @@ def detect(net, images, run, threshold, labels):
         resize, collate = transforms.multiscale_eval(net.min_side, net.max_side), loader.PadCollate(32)
     batch, targets = collate([resize(tv_tensors.Image(image), empty_target(image)) for image in images])
     size, shapes = tuple(batch.shape[-2:]), [target["shape"] for target in targets]
-    pixels = normalize(batch.to(run.device), net.image_mean, net.image_std, shapes)
+    pixels = normalize(batch.to(run.device, non_blocking=True), net.image_mean, net.image_std, shapes)
     with run.autocast():
         outputs = net(pixels, shapes) if task_of(net) == "masks" else net(pixels)
     if task_of(net) == "masks":
@@ -221,7 +221,7 @@ def predict_nuscenes(net, names, args, run, threshold, labels):
         for batch in batches(samples, args.batch_size):
             with gallery.timed(len(batch)), torch.no_grad():
                 images, resized = loader.collate([resize(*sample) for sample in batch], inputs_of)
-                inputs, images = resized.to(run.device), images.to(run.device).flip(1)  # BGR
+                inputs, images = resized.to(run.device), images.to(run.device, non_blocking=True).flip(1)  # BGR
                 with run.autocast():
                     outputs = net(normalize(images, net.image_mean, net.image_std), **inputs)
                 decoded = decode3d.decode(outputs, resized, STRIDE, without=untrained)

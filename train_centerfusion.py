@@ -74,7 +74,7 @@ def parse_args(argv):
     arg("--flip-test", action="store_true", help=mirror)
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
-    published = {"batch_size": 32, "lr_batch_size": 32, "workers": 4, "optimizer": "adam", "lr": 2.5e-4}
+    published = {"batch_size": 32, "lr_batch_size": 32, "optimizer": "adam", "lr": 2.5e-4}
     published |= {"weight_decay": 0.0, "epochs": 60, "milestones": "50", "save_epochs": "20,40,50"}
     parser.set_defaults(model_dir="runs/centerfusion", **published)
     parser.add_argument("--exp-id", default="", metavar="NAME", help="the same as --model-dir runs/NAME")
@@ -210,14 +210,14 @@ def main(argv=None):
                 run.scaler.scale(sum(losses.values())).backward()
                 logger.add(progress.step + 1, losses, image_ids)
             optim.step(optimizer, run.scaler, net, args.clip_norm)
-            ema.update(net)
+            ema.update()
 
             due = plan.advance(progress, stop.requested())
             if due.log:
                 plan.record_loss(due, logger.log_losses(progress.step, optimizer))
             if due.validate:
                 run_folder.save()  # if the validation is killed, no step is lost
-                with ema.applied(net), logger.paused():
+                with ema.applied(), logger.paused():
                     official = new_evaluator(print=run.print) if args.run_dataset_eval and not args.preflight else None
                     metrics, evaluators, samples = validate(val_loader, official, num_samples=4)
                     progress.record(metrics[monitor], cli.higher_is_better(monitor))

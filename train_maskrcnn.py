@@ -201,14 +201,14 @@ def main(argv=None):
                 run.scaler.scale(sum(losses.values())).backward()
                 logger.add(progress.step + 1, losses, image_ids)
             optim.step(optimizer, run.scaler, net, args.clip_norm)
-            ema.update(net)
+            ema.update()
 
             due = plan.advance(progress, stop.requested())
             if due.log:
                 plan.record_loss(due, logger.log_losses(progress.step, optimizer))
             if due.validate:
                 run_folder.save()  # if the validation is killed, no step is lost
-                with ema.applied(net), logger.paused():
+                with ema.applied(), logger.paused():
                     metrics, evaluators, samples = validate(val_loader, val_set, new_evaluator(), num_samples=4)
                     progress.record(metrics[monitor], cli.higher_is_better(monitor))
                 optim.set_train_mode(net, frozen, args.freeze_bn)

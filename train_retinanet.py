@@ -72,7 +72,7 @@ def parse_args(argv):
     cli.add_detection_arguments(parser)
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
-    published = {"batch_size": 2, "lr_batch_size": 2, "workers": 3, "epochs": 100, "scheduler": "plateau"}
+    published = {"batch_size": 2, "lr_batch_size": 2, "epochs": 100, "scheduler": "plateau"}
     published |= {"optimizer": "adam", "lr": 1e-5, "weight_decay": 0.0, "clip_norm": 0.1, "freeze_bn": True}
     parser.set_defaults(model_dir="runs/retinanet", **published)
     return parser.parse(argv)
@@ -194,14 +194,14 @@ def main(argv=None):
                 run.scaler.scale(sum(losses.values())).backward()
                 logger.add(progress.step + 1, losses, image_ids)
             optim.step(optimizer, run.scaler, net, args.clip_norm)
-            ema.update(net)
+            ema.update()
 
             due = plan.advance(progress, stop.requested())
             if due.log:
                 plan.record_loss(due, logger.log_losses(progress.step, optimizer, running=500))
             if due.validate:
                 run_folder.save()  # if the validation is killed, no step is lost
-                with ema.applied(net), logger.paused():
+                with ema.applied(), logger.paused():
                     metrics, evaluators, samples = validate(val_loader, new_evaluator(), num_samples=4)
                     progress.record(metrics[monitor], cli.higher_is_better(monitor))
                 optim.set_train_mode(net, frozen, args.freeze_bn)

@@ -183,14 +183,15 @@ def train_loader(
 def eval_loader(
     dataset: Dataset, batch_size: int, process: Process = Process(), collate: Callable = collate
 ) -> DataLoader:
-    """This process's share of the images, each once. batch_size: over all processes."""
+    """This process's share of the images, each once. batch_size: over all processes. Its workers stay alive."""
     share = Subset(dataset, range(process.rank, len(dataset), process.world_size))
-    return _loader(share, process, collate, batch_size=batch_size // process.world_size)
+    options = {"batch_size": batch_size // process.world_size, "persistent_workers": process.workers > 0}
+    return _loader(share, process, collate, **options)
 
 
-def _loader(dataset, process, collate, **batches):
+def _loader(dataset, process, collate, **options):
     workers = {"num_workers": process.workers, "worker_init_fn": init_worker}
-    return DataLoader(dataset, collate_fn=collate, pin_memory=process.pin_memory, **workers, **batches)
+    return DataLoader(dataset, collate_fn=collate, pin_memory=process.pin_memory, **workers, **options)
 
 
 def init_worker(worker: int) -> None:

@@ -79,7 +79,8 @@ def flip_averaged(outputs: Mapping[str, torch.Tensor], mirrored: Mapping[str, to
         if name in ("reg", "amodel_offset"):  # x within the cell
             flipped = torch.cat([1 - flipped[:, :1], flipped[:, 1:]], dim=1)
         elif name in FLIP_SIGNS:
-            flipped = flipped * flipped.new_tensor(FLIP_SIGNS[name])[:, None, None]
+            channels = zip(flipped.unbind(1), FLIP_SIGNS[name], strict=True)
+            flipped = torch.stack([sign * channel for channel, sign in channels], dim=1)
         means[name] = ((maps.sigmoid() + flipped.sigmoid()) / 2).logit(1e-6) if name == "hm" else (maps + flipped) / 2
     return means
 

@@ -9,11 +9,13 @@ import argparse
 import os
 import random
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +26,12 @@ from torch import nn
 from utils.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_WORKERS = 16  # of --workers auto: more take memory and are rarely faster
+# Start of an architecture's name -> why no setting makes it deterministic on a GPU
+NOT_DETERMINISTIC = {
+    "maskrcnn": "the gradient of RoIAlign on a GPU is added in any order",
+    "centerfusion_dla34": "the gradient of deformable convolutions on a GPU is added in any order",
+}
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 Part = TypeVar("Part")
@@ -40,6 +48,7 @@ class Run:
     precision: torch.dtype  # of the forward pass under autocast: float32, bfloat16 or float16
     scaler: torch.amp.GradScaler  # disabled except for float16
     seed: int
+    inexact: str = ""  # why a resumed run may differ from an uninterrupted one in the last bits; "": it does not
 
     @property
     def is_main(self) -> bool:
@@ -84,7 +93,8 @@ class Run:
             # This copies rank 0's parameters and buffers to all processes. After that, each forward starts from rank
             # 0's running statistics: rank 0 writes the checkpoint, so a resumed run sees what the uninterrupted one
             # saw. Frozen statistics stay equal, and writing to them would break a second forward before the backward.
-            net = nn.parallel.DistributedDataParallel(net, device_ids=list(self.gpus) or None)
+            gpus = list(self.gpus) or None
+            net = nn.parallel.DistributedDataParallel(net, device_ids=gpus, gradient_as_bucket_view=True)
             net.broadcast_buffers = any(norm.training and norm.track_running_stats for norm in norms)
         return torch.compile(net) if compile else net
 
@@ -162,8 +172,24 @@ class _Autocast(nn.Module):
 
 
 def init(args: argparse.Namespace) -> Run:
-    """`init_device` with the flags of training.cli; UsageError also if a batch cannot be split evenly."""
+    """`init_device` with the flags of training.cli, of which --workers auto and --deterministic get their values.
+
+    UsageError also if a batch cannot be split evenly.
+    """
     run = init_device(args.device, args.gpus, args.precision, args.seed)
+    on_gpu, inexact = run.device.type == "cuda", why_inexact(run, args)
+    if args.deterministic is None:
+        args.deterministic = not (on_gpu and args.arch.startswith(tuple(NOT_DETERMINISTIC)))
+    if not args.deterministic:
+        # Input sizes that change would have their kernels timed again and again
+        set_deterministic(False, fixed_size="min_side" not in args)
+    run = replace(run, inexact=inexact)
+    if args.workers is None:
+        args.workers, reason = choose_workers(run.device)
+        run.print(f"--workers {args.workers}: {reason}")
+    idle = idle_gpus(args, run.world_size)
+    if idle:
+        run.print(idle)
     gpus = max(1, len(run.gpus))
     parts = run.world_size * gpus * args.accumulate
     if args.batch_size % parts:
@@ -193,12 +219,66 @@ def init_device(device: str = "auto", gpus: str = "", precision: str = "auto", s
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = False  # it picks kernels by timing them: another run may pick others
-    torch.backends.cudnn.deterministic = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes no result of ours
+    set_deterministic(True)
     scaler = torch.amp.GradScaler(chosen.type, enabled=dtype == torch.float16)
     return Run(chosen, rank, world_size, numbers, dtype, scaler, seed)
+
+
+def set_deterministic(on: bool, fixed_size: bool = False) -> None:
+    """--deterministic: kernels that give the same bits in every run. Without it a GPU may use faster ones, and TF32 for
+    float32.
+
+    fixed_size   all images have one size: cuDNN may then time its kernels and pick the fastest
+    """
+    torch.backends.cudnn.benchmark = fixed_size and not on
+    torch.backends.cudnn.deterministic = on
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not on
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes no result of ours
+
+
+def why_inexact(run: Run, args: argparse.Namespace) -> str:
+    """Why a resumed run may differ from an uninterrupted one in the last bits; "" if it does not."""
+    if run.world_size > 2:
+        return "more than two processes add gradients in another order in the first step after a resume"
+    if run.device.type != "cuda":
+        return ""
+    for name, reason in NOT_DETERMINISTIC.items():
+        if args.arch.startswith(name):
+            return reason
+    if args.deterministic is False:
+        return "--no-deterministic lets the GPU add in any order"
+    if args.arch in ("vgg16", "vgg16_bn") and args.resolution % 224:
+        return "on a GPU, the gradient of adaptive pooling has a fixed order only for sizes that are multiples of 224"
+    return ""
+
+
+def cores() -> int:
+    """The number of CPU cores that this process may use: those of its affinity mask, within its container's limit."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, *period = limit.read_text().split() if limit.is_file() else ["max"]
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period[0])))
+
+
+def choose_workers(device: torch.device) -> tuple[int, str]:
+    """(data loading processes of this process, the reason), for --workers auto."""
+    processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), cores()
+    shared = f"{count} cores" + (f" for {processes} processes" if processes > 1 else "")
+    if device.type == "cuda":
+        return max(1, min(MAX_WORKERS, count // processes)), f"{shared}, at most {MAX_WORKERS}"
+    return max(1, min(2, count // processes)), f"{shared}, which the network on the CPU needs too"
+
+
+def idle_gpus(args: argparse.Namespace, world_size: int) -> str:
+    """A line about GPUs that this run does not use, "" if there are none."""
+    if args.device not in ("auto", "cuda") or args.gpus or world_size > 1 or not torch.cuda.is_available():
+        return ""
+    count, script = torch.cuda.device_count(), os.path.basename(sys.argv[0])
+    if count < 2:
+        return ""
+    command = f"torchrun --nproc-per-node {count} {script} ..."
+    return f"{count} GPUs are visible, 1 is used: {command} uses all, --device cuda:0 only this one"
 
 
 def synchronize(device: torch.device) -> None:
@@ -271,6 +351,8 @@ def _choose_precision(precision, device):
         raise UsageError(f"--precision {precision}: use auto, {', '.join(DTYPES)}")
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = native or any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
         return torch.bfloat16 if native else torch.float32
     if precision == "bf16" and device.type == "cuda" and not native:
         raise UsageError(

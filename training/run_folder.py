@@ -70,6 +70,10 @@ class RunFolder:
                 loaded = "averaged weights" if saved["ema"] else "weights"
             step, file = self.progress.step, saved["file"]
             self.run.print(f"resumed epoch {self.progress.epoch} step {step} {loaded} from {file}")
+            if self.run.inexact and not args.eval_only:
+                self.run.print(
+                    f"  later steps may differ from an uninterrupted run in the last bits: {self.run.inexact}"
+                )
             for line in checkpoint.changed_flags(saved["flags"], vars(args)):
                 self.run.print(f"  changed: {line}")
             self.checkpoint = None  # free its tensors

@@ -47,7 +47,7 @@ def gradients(losses, outputs):
     [{}, {"alpha": 0.6, "gamma": 0.0}, {"gamma": 1.5, "beta": 1.0}, {"class_weights": torch.arange(1.0, CLASSES + 1)}],
 )
 def test_equals_torchvision(settings, chunk_logits, monkeypatch):
-    monkeypatch.setattr(focal, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setitem(focal.CHUNK_LOGITS, "cpu", chunk_logits)
     outputs, matched = random_case()
     num_positives = assignment.count_positives(matched)
     losses = focal.loss(outputs, matched, num_positives, **settings)

@@ -1,9 +1,11 @@
+import argparse
 import json
 import math
 import os
 import signal
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,9 +45,9 @@ def small_net():
 
 
 def test_one_process_on_the_cpu(capsys):
-    run = init_device("cpu", seed=3)
+    run = init_device("cpu", precision="fp32", seed=3)
     first = torch.rand(2)
-    init_device("cpu", seed=3)
+    init_device("cpu", precision="fp32", seed=3)
     torch.testing.assert_close(torch.rand(2), first, rtol=0, atol=0)
     assert (run.device, run.rank, run.world_size, run.is_main) == (torch.device("cpu"), 0, 1, True)
     assert (run.gpus, run.pin_memory, run.precision) == ((), False, torch.float32)
@@ -73,8 +75,20 @@ def test_mean_of_one_process_is_the_value_as_float(value):
     assert float(mean.clamp(min=1)) == 3.0
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("auto", "float32"), ("fp32", "float32"), ("bf16", "bfloat16")])
-def test_precision_on_the_cpu(precision, dtype):
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "dtype"),
+    [
+        ("auto", {"avx512_bf16": False, "amx_bf16": False}, "float32"),
+        ("auto", {"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+        ("auto", {"amx_bf16": True}, "bfloat16"),
+        ("auto", {}, "float32"),
+        ("fp32", {"avx512_bf16": True}, "float32"),
+        ("bf16", {}, "bfloat16"),
+    ],
+)
+def test_precision_on_the_cpu(precision, capabilities, dtype, monkeypatch):
+    """auto is bf16 where the processor computes in it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     run = init_device("cpu", precision=precision)
     with run.autocast():
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == getattr(torch, dtype)
@@ -109,6 +123,108 @@ def test_the_seed_of_a_step_depends_on_the_step_alone():
     torch.testing.assert_close(torch.rand(3), first, rtol=0, atol=0)
     run.seed_step(6)
     assert not torch.equal(torch.rand(3), first)
+
+
+def flags(**changed):
+    """The flags that `distributed.init` reads."""
+    values = {"device": "cpu", "gpus": "", "precision": "fp32", "seed": 0, "arch": "mb1-ssd", "deterministic": None}
+    values |= {"workers": 0, "batch_size": 4, "accumulate": 1}
+    return argparse.Namespace(**values | changed)
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "workers"),
+    [
+        ("cuda", 16, 1, 16),
+        ("cuda", 16, 4, 4),
+        ("cuda", 64, 2, 16),
+        ("cuda", 2, 8, 1),
+        ("cpu", 16, 1, 2),
+        ("cpu", 1, 1, 1),
+    ],
+)
+def test_automatic_number_of_workers(device, cores, processes, workers, monkeypatch):
+    monkeypatch.setattr(distributed, "cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    number, reason = distributed.choose_workers(torch.device(device))
+    assert number == workers
+    assert reason.startswith(f"{cores} cores" + (f" for {processes} processes" if processes > 1 else ""))
+
+
+def test_the_automatic_number_of_workers_is_printed_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "cores", lambda: 8)
+    args = flags(workers=None)
+    distributed.init(args)
+    assert args.workers == 2
+    assert capsys.readouterr().out == "--workers 2: 8 cores, which the network on the CPU needs too\n"
+
+
+def test_cores_are_those_of_the_affinity_mask():
+    every = os.sched_getaffinity(0)
+    assert 1 <= distributed.cores() <= len(every)
+    try:
+        os.sched_setaffinity(0, {min(every)})
+        assert distributed.cores() == 1
+    finally:
+        os.sched_setaffinity(0, every)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_idle_gpus_are_named(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["some/train_ssd.py"])
+    line = "2 GPUs are visible, 1 is used: torchrun --nproc-per-node 2 train_ssd.py ... uses all"
+    assert distributed.idle_gpus(flags(device="auto"), 1).startswith(line)
+    for device, gpus, world_size in (("cuda:1", "", 1), ("auto", "0,1", 1), ("auto", "", 2), ("cpu", "", 1)):
+        assert not distributed.idle_gpus(flags(device=device, gpus=gpus), world_size)
+
+
+def state_of_kernels():
+    cudnn = torch.backends.cudnn
+    return (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected", "state"),
+    [
+        ({}, True, (True, True, False, False)),
+        ({"deterministic": False}, False, (False, False, True, True)),
+        ({"deterministic": False, "min_side": [800]}, False, (False, False, False, True)),
+        ({"arch": "maskrcnn_resnet50", "deterministic": True}, True, (True, True, False, False)),
+        ({"arch": "maskrcnn_resnet50"}, True, (True, True, False, False)),  # on a CPU
+    ],
+)
+def test_deterministic_kernels(changed, expected, state):
+    args = flags(**changed)
+    distributed.init(args)
+    assert args.deterministic is expected
+    assert state_of_kernels() == state
+    assert torch.backends.cuda.matmul.allow_tf32 is not expected
+    init_device("cpu")
+    assert state_of_kernels() == (True, True, False, False)
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "changed", "reason"),
+    [
+        ("cpu", 1, {"arch": "maskrcnn_resnet50"}, ""),
+        ("cpu", 2, {}, ""),
+        ("cpu", 3, {}, "more than two processes"),
+        ("cuda", 1, {}, ""),
+        ("cuda", 2, {"arch": "retinanet_resnet50"}, ""),
+        ("cuda", 1, {"deterministic": False}, "--no-deterministic"),
+        ("cuda", 1, {"arch": "maskrcnn_resnet50"}, "RoIAlign"),
+        ("cuda", 1, {"arch": "centerfusion_dla34", "deterministic": True}, "deformable"),
+        ("cuda", 1, {"arch": "centerfusion_resnet18"}, ""),
+        ("cuda", 1, {"arch": "vgg16_bn", "resolution": 200}, "adaptive pooling"),
+        ("cuda", 1, {"arch": "vgg16_bn", "resolution": 224}, ""),
+        ("cuda", 1, {"arch": "vgg16-ssd", "resolution": 300}, ""),
+    ],
+)
+def test_reasons_for_a_resume_that_is_not_exact(device, world_size, changed, reason):
+    run = replace(init_device("cpu"), device=torch.device(device), world_size=world_size)
+    given = distributed.why_inexact(run, flags(**changed))
+    assert given.startswith(reason) if reason.startswith(("--", "more")) else reason in given
+    assert bool(given) == bool(reason)
 
 
 @pytest.mark.slow
