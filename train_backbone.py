@@ -116,7 +116,8 @@ def main(argv=None):
             args.data, args.train, args.val, run_folder.classes, run_folder.path, args.seed, run.print
         )
     if args.check_data:
-        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path, run.print)
+        run.close()
+        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
     train_set, val_set = checks.apply(train_set, val_set, errors, "error", args.bad_images, args.workers, run.print)
     truth = score_labels(TopKAccuracy(val_set.classes), val_set.labels)
     run.print(f"ground truth scored as predictions: top-1 {truth['top1']:.3f}")

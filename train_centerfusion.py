@@ -137,7 +137,8 @@ def main(argv=None):
             args.data, radar=sweeps, seed=args.seed, print=run.print, **cli.nuscenes_options(args)
         )
     if args.check_data:
-        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path, run.print)
+        run.close()
+        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
     train_set, val_set = checks.apply(
         train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
     )

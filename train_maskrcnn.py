@@ -128,7 +128,8 @@ def main(argv=None):
     # data
     train_set, val_set, errors = load_data(args, run_folder)
     if args.check_data:
-        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path, run.print)
+        run.close()
+        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
     train_set, val_set = checks.apply(
         train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
     )

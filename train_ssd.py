@@ -121,7 +121,8 @@ def main(argv=None):
         args.dataset, args.data, classes=run_folder.classes, seed=args.seed, **cli.layout_options(args)
     )
     if args.check_data:
-        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path, run.print)
+        run.close()
+        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
     train_set, val_set = checks.apply(
         train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
     )

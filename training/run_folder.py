@@ -126,6 +126,7 @@ class RunFolder:
         self, stop: StopSignals, monitor: str, metrics: Mapping[str, float], evaluators: Sequence
     ) -> Mapping[str, float]:
         """The end of training: print the result, return the metrics. SystemExit with code 130 or 143 after a signal."""
+        stop.requested()  # a signal to one process during the last validation ends all of them with its code
         self.run.close()
         progress = self.progress
         if stop.signal and self.args.preflight:
