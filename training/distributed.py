@@ -202,6 +202,7 @@ def init_device(device: str = "auto", gpus: str = "", precision: str = "auto", s
     dtype = _choose_precision(precision, chosen)
     if world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        _check_restarts(rank)
         dist.init_process_group(backend, timeout=STEP_TIMEOUT)
     waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT) if world_size > 1 else None
     random.seed(seed)
@@ -213,6 +214,18 @@ def init_device(device: str = "auto", gpus: str = "", precision: str = "auto", s
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes no result of ours
     scaler = torch.amp.GradScaler(chosen.type, enabled=dtype == torch.float16)
     return Run(chosen, rank, world_size, numbers, dtype, scaler, seed, waiting)
+
+
+def _check_restarts(rank):
+    """Warn if torchrun will restart processes and keeps their store: they would read the addresses of dead ones there
+    (https://github.com/pytorch/pytorch/issues/135712)."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if rank == 0 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        warnings.warn(
+            f"torchrun --max-restarts {restarts} may fail to restart; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment and use --standalone or --rdzv-backend c10d",
+            stacklevel=3,
+        )
 
 
 def synchronize(device: torch.device) -> None:

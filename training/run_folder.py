@@ -34,7 +34,7 @@ NUMBERED = ("epoch_*.pt", "step_*.pt")  # named by training.plan
 WEIGHTS = "backbone.pt"  # weights alone, see RunFolder.save_weights
 LOGS = ("metrics.jsonl", "nan_report.json", "events.out.tfevents.*")
 SHARED = ".shared_"  # beginning of the name of a file that exists while open_run looks whether all processes see it
-SHARED_SECONDS = 10  # time for it to appear on the other machines
+SHARED_SECONDS = 5  # time for it to appear on the other machines
 RUN_FILES = ("new.pt", LAST, PREVIOUS, BEST, WEIGHTS, *NUMBERED, "*.pt.tmp", "*.pt.damaged", f"{SHARED}*", *LOGS)
 
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -173,6 +174,18 @@ def test_gpus_and_torchrun_exclude_each_other(monkeypatch):
         init_device(gpus="0,1")
 
 
+@pytest.mark.parametrize(("restarts", "shared", "count"), [(3, True, 1), (0, True, 0), (3, False, 0)])
+def test_a_warning_if_torchrun_would_restart_with_the_old_store(monkeypatch, recwarn, restarts, shared, count):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(restarts))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(shared))
+    warnings.simplefilter("always")
+    distributed._check_restarts(0)
+    distributed._check_restarts(1)
+    assert len(recwarn) == count
+    for warning in recwarn:
+        assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(warning.message)
+
+
 def test_sync_bn_needs_gpus():
     with pytest.raises(UsageError, match=r"--sync-bn needs GPUs .*--freeze-bn"):
         init_device("cpu").wrap(small_net(), sync_bn=True)
@@ -228,7 +241,7 @@ def in_one_of_two(rank, ports, folder):
     check_non_finite_loss(run, folder)
     run.close()
     os.environ["MASTER_PORT"] = ports[1]
-    distributed.STEP_TIMEOUT = timedelta(seconds=2)
+    distributed.STEP_TIMEOUT = timedelta(seconds=3)
     run = init_device("cpu")
     check_waits(run)
     run.close()
@@ -346,7 +359,7 @@ def check_errors(run):
 
 def check_waits(run):
     """One process may take longer than the timeout of a step before a block of `main_first`, in it, and to score."""
-    slow = 3 if run.is_main else 0
+    slow = 4 if run.is_main else 0
     with run.main_first():
         time.sleep(slow)
     evaluator = NuScenesEvaluator("", "", "")
