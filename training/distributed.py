@@ -152,7 +152,7 @@ class Run:
             if not reasons[rank]:
                 raise SystemExit(1)  # the other process prints its traceback
             error = UsageError(f"process {rank} on {hosts[rank]}: {reasons[rank]}" if rank else reasons[rank])
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and self.world_size > 1:
             error.is_printed = os.environ.get("LOCAL_RANK", "0") == "0"
         raise error
 

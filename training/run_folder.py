@@ -200,10 +200,11 @@ def open_run(run: Run, folder: Path, resume: str = "", overwrite: bool = False, 
             with contextlib.suppress(OSError):  # it may not exist
                 token.unlink()
     steps = run.gather(saved["step"] if saved else 0)
-    if len(set(steps)) > 1:
-        raise UsageError(
-            f"{folder}: processes start from different steps {steps}; use a folder that all machines share"
-        )
+    with run.raise_in_all():
+        if len(set(steps)) > 1:
+            raise UsageError(
+                f"{folder}: processes start from different steps {steps}; use a folder that all machines share"
+            )
     if run.is_main and not read_only:
         for path in damaged:
             path.replace(f"{path}.damaged")  # else the next save would make it previous.pt, over the whole one
