@@ -181,8 +181,8 @@ def main(argv=None):
     val_loader = loader.eval_loader(val_set, args.batch_size, process, collates[1])
     validate = functools.partial(evaluate, net, run=run, loss_sums=loss_sums)
     new_evaluator = functools.partial(NuScenesEvaluator, args.data, args.version, args.val_split, args.pointcloud)
-    if args.run_dataset_eval and run.is_main and not args.preflight:
-        run.print(score_ground_truth(new_evaluator(merge_distance=0.5), map(val_set.annotation, range(len(val_set)))))
+    if args.run_dataset_eval and not args.preflight:
+        run.print(score_ground_truth(new_evaluator(merge_distance=0.5), val_set, run.gather, run.is_main))
     if args.eval_only:
         metrics, evaluators, _ = validate(val_loader, new_evaluator(print=run.print))
         return run_folder.report(metrics, evaluators)

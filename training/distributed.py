@@ -9,6 +9,7 @@ import argparse
 import os
 import random
 import re
+import socket
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_WORKERS = 16  # of --workers auto: more take memory and are rarely faster
@@ -33,6 +34,8 @@ NOT_DETERMINISTIC = {
     "centerfusion_dla34": "the gradient of deformable convolutions on a GPU is added in any order",
 }
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+STEP_TIMEOUT = timedelta(minutes=30)  # for the other processes to join a collective of the training step
+WAIT_TIMEOUT = timedelta(hours=24)  # the same for `Run.gather`: one process may read or score a whole data set before
 
 Part = TypeVar("Part")
 
@@ -48,6 +51,7 @@ class Run:
     precision: torch.dtype  # of the forward pass under autocast: float32, bfloat16 or float16
     scaler: torch.amp.GradScaler  # disabled except for float16
     seed: int
+    waiting: dist.ProcessGroup | None = None  # gloo with WAIT_TIMEOUT; None with one process
     inexact: str = ""  # why a resumed run may differ from an uninterrupted one in the last bits; "": it does not
 
     @property
@@ -129,10 +133,10 @@ class Run:
         return int(tensor)
 
     def gather(self, value: Any) -> list:
-        """The `value` (any picklable object) of every process, in rank order."""
+        """The `value` (any picklable object) of every process, in rank order; waits up to WAIT_TIMEOUT."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.waiting)
         return values
 
     def set_eval_mode(self, net: nn.Module) -> None:
@@ -146,12 +150,34 @@ class Run:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """`with run.main_first():` the main process runs the block, then the others, which can read what it cached."""
-        if self.world_size > 1 and not self.is_main:
-            dist.barrier()
-        yield
-        if self.world_size > 1 and self.is_main:
-            dist.barrier()
+        """`with run.main_first():` the main process runs the block, then the first one of each other machine, then the
+        rest, so that they can read what it cached. Errors are raised as `raise_in_all` does."""
+        turn = 0 if self.is_main else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+        for now in range(3):
+            with self.raise_in_all():
+                if now == turn:
+                    yield
+
+    @contextmanager
+    def raise_in_all(self) -> Iterator[None]:
+        """`with run.raise_in_all():` waits until every process has left the block. A UserError in one is raised in all,
+        and printed once per machine; any other exception ends the others with exit code 1."""
+        error = reason = None
+        try:
+            yield
+        except Exception as raised:
+            error, reason = raised, str(raised) if isinstance(raised, UserError) else ""
+        hosts, reasons = zip(*self.gather((socket.gethostname(), reason)))
+        rank = next((rank for rank, reason in enumerate(reasons) if reason is not None), None)
+        if rank is None:
+            return
+        if error is None:
+            if not reasons[rank]:
+                raise SystemExit(1)  # the other process prints its traceback
+            error = UsageError(f"process {rank} on {hosts[rank]}: {reasons[rank]}" if rank else reasons[rank])
+        if isinstance(error, UserError) and self.world_size > 1:
+            error.is_printed = os.environ.get("LOCAL_RANK", "0") == "0"
+        raise error
 
     def close(self) -> None:
         """Leave the process group."""
@@ -215,13 +241,27 @@ def init_device(device: str = "auto", gpus: str = "", precision: str = "auto", s
     dtype = _choose_precision(precision, chosen)
     if world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # one process may score while the rest wait
+        _check_restarts(rank)
+        dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+    waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT) if world_size > 1 else None
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     set_deterministic(True)
     scaler = torch.amp.GradScaler(chosen.type, enabled=dtype == torch.float16)
-    return Run(chosen, rank, world_size, numbers, dtype, scaler, seed)
+    return Run(chosen, rank, world_size, numbers, dtype, scaler, seed, waiting)
+
+
+def _check_restarts(rank):
+    """Warn if torchrun will restart processes and keeps their store: they would read the addresses of dead ones there
+    (https://github.com/pytorch/pytorch/issues/135712)."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if rank == 0 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        warnings.warn(
+            f"torchrun --max-restarts {restarts} may fail to restart; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment and use --standalone or --rdzv-backend c10d",
+            stacklevel=3,
+        )
 
 
 def set_deterministic(on: bool, fixed_size: bool = False) -> None:

@@ -5,20 +5,24 @@ import os
 import signal
 import socket
 import threading
+import time
+import warnings
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.multiprocessing
 from torch import nn
 
+from evaluation.nuscenes import NuScenesEvaluator
 from tests.training import small_run
 from training import distributed, run_folder
 from training.distributed import init_device
 from training.logger import Logger
 from training.meter import NonFiniteLoss
 from training.signals import StopSignals
-from utils.errors import UsageError
+from utils.errors import DataError, UsageError, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -286,6 +290,18 @@ def test_gpus_and_torchrun_exclude_each_other(monkeypatch):
         init_device(gpus="0,1")
 
 
+@pytest.mark.parametrize(("restarts", "shared", "count"), [(3, True, 1), (0, True, 0), (3, False, 0)])
+def test_a_warning_if_torchrun_would_restart_with_the_old_store(monkeypatch, recwarn, restarts, shared, count):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(restarts))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(shared))
+    warnings.simplefilter("always")
+    distributed._check_restarts(0)
+    distributed._check_restarts(1)
+    assert len(recwarn) == count
+    for warning in recwarn:
+        assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(warning.message)
+
+
 def test_sync_bn_needs_gpus():
     with pytest.raises(UsageError, match=r"--sync-bn needs GPUs .*--freeze-bn"):
         init_device("cpu").wrap(small_net(), sync_bn=True)
@@ -325,9 +341,10 @@ def test_a_batch_is_split_evenly_or_refused():
         distributed.init(small_run.flags("--device cpu --batch-size 9 --accumulate 4"))
 
 
-def in_one_of_two(rank, port, folder):
+def in_one_of_two(rank, ports, folder):
     """What each of two gloo processes checks; a failed assertion fails the test."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = ports[0]
     torch.set_num_threads(1)
     run = init_device("cpu", seed=7)
     check_collectives(run, folder)
@@ -336,7 +353,13 @@ def in_one_of_two(rank, port, folder):
     check_start(run)
     check_stop(run)
     check_run_folder(run, folder)
+    check_errors(run)
     check_non_finite_loss(run, folder)
+    run.close()
+    os.environ["MASTER_PORT"] = ports[1]
+    distributed.STEP_TIMEOUT = timedelta(seconds=3)
+    run = init_device("cpu")
+    check_waits(run)
     run.close()
     (folder / f"passed{rank}").touch()
 
@@ -410,10 +433,55 @@ def check_stop(run):
 
 
 def check_run_folder(run, folder):
-    run_folder.save(folder / f"{run.rank}", {"step": 5} if run.is_main else {"step": 0})
+    own = folder / f"{run.rank}"
+    run_folder.save(own, {"step": 5} if run.is_main else {"step": 0})
     with pytest.raises(UsageError, match=r"different steps \[5, 0\]; use a folder that all machines share"):
-        run_folder.open_run(run, folder / f"{run.rank}", "auto")
+        run_folder.open_run(run, own, "auto", read_only=True)
+    run_folder.SHARED_SECONDS = 0.2
+    for flags in ({"resume": "auto"}, {"overwrite": True}):
+        with pytest.raises(
+            UsageError, match=rf"{folder}/1 is not the folder of process 0, {folder}/0 on .*--model-dir"
+        ):
+            run_folder.open_run(run, own, **flags)
+    with pytest.raises(UsageError, match=r"^.*/0: it already has a run; continue it with --resume auto"):
+        run_folder.open_run(run, folder / "0")
+    assert [path.name for path in own.iterdir()] == ["last.pt"], "a refusal changes nothing"
     assert run_folder.open_run(run, folder / "0", "auto")["step"] == 5
+    run_folder.open_run(run, folder / "shared")
+    run.gather(None)
+    assert not list((folder / "shared").iterdir())
+    with pytest.raises(UsageError, match=r"last\.pt/x: not writable: Not a directory; give another --model-dir"):
+        run_folder.open_run(run, folder / "0" / "last.pt" / "x", "auto")
+
+
+def check_errors(run):
+    """An error in the block of any process is raised in all, and printed by one."""
+
+    def fail_in(rank, error):
+        with run.main_first():
+            if run.rank == rank:
+                raise error
+
+    with pytest.raises(UserError, match=r"^a\.jpg: cut off$") as raised:
+        fail_in(0, DataError("a.jpg", reason="cut off"))
+    assert raised.value.is_printed == run.is_main
+    prefix = f"process 1 on {socket.gethostname()}: " if run.is_main else ""
+    with pytest.raises(UserError, match=rf"^{prefix}a\.jpg: cut off$") as raised:
+        fail_in(1, DataError("a.jpg", reason="cut off"))
+    assert raised.value.is_printed == run.is_main
+    with pytest.raises(KeyError if run.is_main else SystemExit, match="mistake" if run.is_main else "^1$"):
+        fail_in(0, KeyError("mistake"))
+
+
+def check_waits(run):
+    """One process may take longer than the timeout of a step before a block of `main_first`, in it, and to score."""
+    slow = 4 if run.is_main else 0
+    with run.main_first():
+        time.sleep(slow)
+    evaluator = NuScenesEvaluator("", "", "")
+    evaluator._score = lambda *_: time.sleep(slow) or {"NDS": 0.5}
+    assert evaluator.compute(run.gather, run.is_main) == {"NDS": 0.5}
+    assert run.max(run.rank) == 1
 
 
 def check_non_finite_loss(run, folder):
@@ -428,10 +496,15 @@ def check_non_finite_loss(run, folder):
         assert json.loads((folder / "log" / "nan_report.json").read_text())["images"] == [1]
 
 
-@pytest.mark.slow
-def test_two_processes_compute_what_one_would(tmp_path):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    torch.multiprocessing.spawn(in_one_of_two, (port, tmp_path), nprocs=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "cache", "log", "passed0", "passed1"]
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_would(tmp_path):
+    ports = free_port(), free_port()
+    torch.multiprocessing.spawn(in_one_of_two, (ports, tmp_path), nprocs=2)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["0", "1", "cache", "log", "passed0", "passed1", "shared"]
