@@ -126,7 +126,8 @@ def main(argv=None):
     run_folder = RunFolder(args, run)
 
     # data
-    train_set, val_set, errors = load_data(args, run_folder)
+    with run.raise_in_all():
+        train_set, val_set, errors = load_data(args, run_folder)
     if args.check_data:
         run.close()
         return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}

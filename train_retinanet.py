@@ -117,9 +117,10 @@ def main(argv=None):
     run_folder = RunFolder(args, run)
 
     # data
-    train_set, val_set, errors = detection.load(
-        args.dataset, args.data, classes=run_folder.classes, seed=args.seed, **cli.layout_options(args)
-    )
+    with run.raise_in_all():
+        train_set, val_set, errors = detection.load(
+            args.dataset, args.data, classes=run_folder.classes, seed=args.seed, **cli.layout_options(args)
+        )
     if args.check_data:
         run.close()
         return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
