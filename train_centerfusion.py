@@ -45,14 +45,18 @@ def parse_args(argv):
     scale = "standard deviation, and maximum, of a random zoom"
     arg("--scale", type=cli.number(float, 0, 1), default=0.0, help=scale)
     arg("--color-jitter", "--colour", type=cli.probability, default=0.5, help="probability of each color change")
-    nothing = "accepted, without effect: training always shuffles and never crops"
-    arg("--shuffle-train", "--not-rand-crop", action="store_true", help=nothing)
+    arg("--shuffle-train", "--not-rand-crop", action="store_true", help="no effect: it always shuffles and never crops")
 
     arg = parser.add_argument_group("radar").add_argument
     arg("--pointcloud", action="store_true", help="use radar; without it, the camera alone")
     arg("--radar-sweeps", type=cli.number(int, 1, 7), default=3, help="sweeps per radar, 1 to 6")
-    height = "raise radar points by this height"
-    arg("--pc-z-offset", type=cli.number(float, -10, 10), default=0.0, metavar="METERS", help=height)
+    arg(
+        "--pc-z-offset",
+        type=cli.number(float, -10, 10),
+        default=0.0,
+        metavar="METERS",
+        help="raise radar points by this",
+    )
     dims = "height, width and length of the pillar that a point becomes, in meters"
     arg("--pillar-dims", type=cli.numbers, default="1.5,0.2,0.2", metavar="H,W,L", help=dims)
     arg("--max-pc-dist", type=cli.non_negative, default=60.0, metavar="METERS", help="drop radar points farther away")
@@ -70,8 +74,7 @@ def parse_args(argv):
     arg("--velocity", action="store_true", help="train the velocity head")
     arg("--nuscenes-att", action="store_true", help="train the attribute head")
     arg("--run-dataset-eval", action="store_true", help="validate with nuscenes-devkit's official score too")
-    mirror = "validate on the mean of the outputs for each image and its mirror image"
-    arg("--flip-test", action="store_true", help=mirror)
+    arg("--flip-test", action="store_true", help="validate on the mean over each image and its mirror image")
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
     published = {"batch_size": 32, "lr_batch_size": 32, "optimizer": "adam", "lr": 2.5e-4}
@@ -91,7 +94,7 @@ def parse_args(argv):
 
 
 @torch.no_grad()
-def evaluate(net, val_loader, evaluator=None, num_samples=0, *, run, loss_sums):
+def evaluate(net, val_loader, evaluator=None, num_samples=0, *, run, loss_sums, flip_test):
     """Losses over the validation set and, with an evaluator, the official score: (metrics, evaluators, samples).
 
     Every process evaluates its share of the images, all get the same metrics. Batch norm statistics do not change.
@@ -104,14 +107,13 @@ def evaluate(net, val_loader, evaluator=None, num_samples=0, *, run, loss_sums):
     for images, targets in val_loader:
         matched = targets.to(run.device)
         pixels = normalize(images.to(run.device, non_blocking=True).flip(1), net.image_mean, net.image_std)  # BGR
-        pixels = torch.cat([pixels, pixels.flip(-1)])[: len(matched["calib"])]  # with --flip-test mirror images too
+        pixels = torch.cat([pixels, pixels.flip(-1)]) if flip_test else pixels
         with run.autocast():  # radar is associated with the network's own peaks, as in use
             outputs = net(pixels, matched.get("radar_map"), matched["calib"])
-        mirrored = {head: maps[len(images) :] for head, maps in outputs.items()}
-        outputs = {head: maps[: len(images)] for head, maps in outputs.items()}
-        sums += torch.stack(list(loss_sums(outputs, matched).values()))
+        own = {head: maps[: len(images)] for head, maps in outputs.items()}
+        sums += torch.stack(list(loss_sums(own, matched).values()))
         counts += centerfusion.count(matched)
-        outputs = decode3d.flip_averaged(outputs, mirrored) if len(pixels) > len(images) else outputs
+        outputs = decode3d.flip_averaged(outputs) if flip_test else own
         detections = decode3d.decode(outputs, targets, STRIDE, without=untrained)
         samples = (samples + [s for s in zip(images, targets, detections) if len(s[1]["labels"])])[:num_samples]
         if evaluator:
@@ -174,12 +176,10 @@ def main(argv=None):
 
     # loaders
     process = loader.Process(run.rank, run.world_size, args.workers, run.pin_memory)
-    collates = (
-        functools.partial(collate.train, **made),
-        functools.partial(collate.val, **made, flip_test=args.flip_test),
-    )
-    val_loader = loader.eval_loader(val_set, args.batch_size, process, collates[1])
-    validate = functools.partial(evaluate, net, run=run, loss_sums=loss_sums)
+    train_collate = functools.partial(collate.train, **made)
+    val_collate = functools.partial(collate.val, **made, flip_test=args.flip_test)
+    val_loader = loader.eval_loader(val_set, args.batch_size, process, val_collate)
+    validate = functools.partial(evaluate, net, run=run, loss_sums=loss_sums, flip_test=args.flip_test)
     new_evaluator = functools.partial(NuScenesEvaluator, args.data, args.version, args.val_split, args.pointcloud)
     if args.run_dataset_eval and not args.preflight:
         run.print(score_ground_truth(new_evaluator(merge_distance=0.5), val_set, run.gather, run.is_main))
@@ -190,10 +190,10 @@ def main(argv=None):
     sampler = loader.StepSampler(
         len(train_set), args.batch_size, plan.total_steps, args.seed, progress.step, process, balance
     )
-    train_loader = loader.train_loader(train_set, sampler, process, collates[0])
+    train_loader = loader.train_loader(train_set, sampler, process, train_collate)
     if args.preflight:
         largest = [dataset.most_objects(args.batch_size // run.world_size) for dataset in (train_set, val_set)]
-        train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest, collates)
+        train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest, (train_collate, val_collate))
 
     # train
     with run_folder.logger(plan, train_set) as logger, StopSignals(run) as stop, memory.advice(run, args, size):

@@ -67,15 +67,16 @@ def decode(
     return [{name: value[i] for name, value in detections.items()} for i in range(len(scores))]
 
 
-def flip_averaged(outputs: Mapping[str, torch.Tensor], mirrored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The mean of the raw heads of images and of their mirror images, by name, each [B,C,h,w], for `decode`.
+def flip_averaged(outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Raw heads [2B,C,h,w] by name, of B images and then of their mirror images -> their means [B,C,h,w], for `decode`.
 
     Offsets within a cell, angles and velocities of the mirror images are flipped back first. hm is averaged as a
     probability.
     """
     means = {}
     for name, maps in outputs.items():
-        maps, flipped = maps.float(), mirrored[name].flip(-1).float()
+        maps, flipped = maps.float().chunk(2)
+        flipped = flipped.flip(-1)
         if name in ("reg", "amodel_offset"):  # x within the cell
             flipped = torch.cat([1 - flipped[:, :1], flipped[:, 1:]], dim=1)
         elif name in FLIP_SIGNS:

@@ -125,7 +125,8 @@ def test_flip_averaging_of_ideal_heads_changes_nothing(targets):
     size = (113, 200)
     flipped = [flip_target(target, width=4 * size[1]) for target in targets]
     outputs = ideal_heads(targets, size)
-    means = decode3d.flip_averaged(outputs, ideal_heads(flipped, size))
+    mirrored = ideal_heads(flipped, size)
+    means = decode3d.flip_averaged({name: torch.cat([maps, mirrored[name]]) for name, maps in outputs.items()})
     outputs["hm"], means["hm"] = outputs["hm"].sigmoid(), means["hm"].sigmoid()
     matched = centerfusion.assign(targets, size=size)
     for name in outputs:
