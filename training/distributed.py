@@ -62,11 +62,14 @@ class Run:
         """Seed what is random in a step (dropout, mixup) from seed, step and process, so that a resume is exact."""
         torch.manual_seed(int(np.random.SeedSequence((self.seed, step, self.rank)).generate_state(1, np.uint64)[0]))
 
-    def wrap(self, net: nn.Module, sync_bn: bool = False, compile: bool = False) -> nn.Module:
+    def wrap(
+        self, net: nn.Module, sync_bn: bool = False, compile: bool = False, dynamic: bool | None = None
+    ) -> nn.Module:
         """The callable for the training forward pass: it takes and returns batch-first tensors only.
 
         The network itself stays unwrapped and shares its parameters with the wrapper: save, evaluate and average the
         network. Call this after freezing: processes share batch norm statistics only if training updates them.
+        dynamic is torch.compile's: True if the batches have images of many sizes, to compile the network once for all.
         """
         if len(self.gpus) > 1:
             if compile or sync_bn:
@@ -84,7 +87,7 @@ class Run:
             # saw. Frozen statistics stay equal, and writing to them would break a second forward before the backward.
             net = nn.parallel.DistributedDataParallel(net, device_ids=list(self.gpus) or None)
             net.broadcast_buffers = any(norm.training and norm.track_running_stats for norm in norms)
-        return torch.compile(net) if compile else net
+        return torch.compile(net, dynamic=dynamic) if compile else net  # DDP first: the graph is split at its buckets
 
     def mean(self, value: float | torch.Tensor) -> torch.Tensor:
         """Mean of a number or tensor (any shape) over the processes: a float tensor without gradient, same shape."""
