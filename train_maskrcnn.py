@@ -123,9 +123,7 @@ def main(argv=None):
     if len(run.gpus) > 1:
         raise UsageError("--gpus: Mask R-CNN uses one GPU per process; use torchrun --nproc-per-node instead")
     if args.compile:
-        raise UsageError(
-            "--compile: Mask R-CNN would be compiled at every step, as its RoIs vary in number; leave it out"
-        )
+        raise UsageError("--compile: Mask R-CNN, whose RoIs vary in number, would be compiled every step; leave it out")
     monitor = cli.choose_monitor(args.monitor, "mask AP", ["loss", *maskrcnn.NORMALIZERS, *MEASURES, *MASK_MEASURES])
     run_folder = RunFolder(args, run)
 

@@ -69,7 +69,7 @@ class Run:
 
         The network itself stays unwrapped and shares its parameters with the wrapper: save, evaluate and average the
         network. Call this after freezing: processes share batch norm statistics only if training updates them.
-        dynamic is torch.compile's: True if the batches have images of many sizes, to compile the network once for all.
+        dynamic is torch.compile's: True if images differ in size from batch to batch, so that all use the same code.
         """
         if len(self.gpus) > 1:
             if compile or sync_bn:
