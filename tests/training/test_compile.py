@@ -49,7 +49,7 @@ def test_images_of_many_sizes_compile_no_more_than_twice(drawn, tmp_path, compil
     """Where the second size differs from the first in one side only, the other side is not compiled again either."""
     more = ["--min-side", 140, 170, "--max-side", 250, "--batch-size", 2, "--freeze-stages", 2]
     Script("retinanet", drawn("retinanet")).main(
-        tmp_path, *more, "--max-steps", 7, "--validation-steps", 3, "--compile"
+        tmp_path, *more, "--max-steps", 5, "--validation-steps", 3, "--compile"
     )
     shapes = [shape for shape, _ in compiled]
     second = next(n for n, shape in enumerate(shapes) if shape != shapes[0])
@@ -72,6 +72,6 @@ def test_a_compiled_run_saves_the_same_tensors_and_resumes(drawn, tmp_path, comp
 
 
 def test_mask_rcnn_is_not_compiled(tmp_path):
-    with pytest.raises(UsageError, match=r"--compile: .* Mask R-CNN .*; leave it out"):
+    with pytest.raises(UsageError, match=r"--compile: Mask R-CNN, .* compiled every step; leave it out"):
         Script("maskrcnn", tmp_path).main(tmp_path / "run", "--compile")
     assert not (tmp_path / "run").exists()
