@@ -122,6 +122,8 @@ def main(argv=None):
     run = distributed.init(args)
     if len(run.gpus) > 1:
         raise UsageError("--gpus: Mask R-CNN uses one GPU per process; use torchrun --nproc-per-node instead")
+    if args.compile:
+        raise UsageError("--compile: Mask R-CNN, whose RoIs vary in number, would be compiled every step; leave it out")
     monitor = cli.choose_monitor(args.monitor, "mask AP", ["loss", *maskrcnn.NORMALIZERS, *MEASURES, *MASK_MEASURES])
     run_folder = RunFolder(args, run)
 

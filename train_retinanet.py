@@ -153,7 +153,8 @@ def main(argv=None):
 
     # optimizer, schedule, resume
     optimizer = optim.build(args, net.parameter_groups(), {"backbone": args.backbone_lr, "heads": args.lr})
-    wrapped = run.wrap(net, args.sync_bn, args.compile)  # before Ema: all processes then have the same weights
+    # before Ema: all processes then have the same weights
+    wrapped = run.wrap(net, args.sync_bn, args.compile, dynamic=True)
     ema = Ema(net, args.ema)
     plan = Plan(args, len(train_set), run.print)
     progress = run_folder.restore(

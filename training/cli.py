@@ -222,7 +222,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg = parser.add_argument_group("devices").add_argument
     add_device_arguments(arg)
     arg("--gpus", default="", metavar="0,1", help="several GPUs in one process (DataParallel); see also torchrun")
-    arg("--compile", action="store_true", help="compile the network with torch.compile")
+    arg("--compile", action="store_true", help="compile the network with torch.compile; not for Mask R-CNN")
     arg("--sync-bn", action="store_true", help="synchronize batch norm over all processes (torchrun, GPUs)")
     workers = "data loading processes of each process; auto: by the number of CPU cores"
     arg("--workers", "--num-workers", type=auto_count, default="auto", metavar="auto|N", help=workers)

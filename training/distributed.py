@@ -77,11 +77,14 @@ class Run:
         """Seed what is random in a step (dropout, mixup) from seed, step and process, so that a resume is exact."""
         torch.manual_seed(int(np.random.SeedSequence((self.seed, step, self.rank)).generate_state(1, np.uint64)[0]))
 
-    def wrap(self, net: nn.Module, sync_bn: bool = False, compile: bool = False) -> nn.Module:
+    def wrap(
+        self, net: nn.Module, sync_bn: bool = False, compile: bool = False, dynamic: bool | None = None
+    ) -> nn.Module:
         """The callable for the training forward pass: it takes and returns batch-first tensors only.
 
         The network itself stays unwrapped and shares its parameters with the wrapper: save, evaluate and average the
         network. Call this after freezing: processes share batch norm statistics only if training updates them.
+        dynamic is torch.compile's: True if images differ in size from batch to batch, so that all use the same code.
         """
         if len(self.gpus) > 1:
             if compile or sync_bn:
@@ -100,7 +103,7 @@ class Run:
             gpus = list(self.gpus) or None
             net = nn.parallel.DistributedDataParallel(net, device_ids=gpus, gradient_as_bucket_view=True)
             net.broadcast_buffers = any(norm.training and norm.track_running_stats for norm in norms)
-        return torch.compile(net) if compile else net
+        return torch.compile(net, dynamic=dynamic) if compile else net  # DDP first: the graph is split at its buckets
 
     def sync_last(self, wrapped: nn.Module, parts: Iterable[Part]) -> Iterator[Part]:
         """Yield the micro-batches `parts` of a batch; processes exchange gradients in the last backward pass only.

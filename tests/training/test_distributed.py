@@ -1,5 +1,6 @@
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import time
 import warnings
 from dataclasses import replace
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -367,6 +369,8 @@ def in_one_of_two(rank, ports, folder):
     run = init_device("cpu", seed=7)
     check_collectives(run, folder)
     check_gradients(run)
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="eager")):
+        check_gradients(run, compile=True)
     check_batch_norm(run)
     check_start(run)
     check_stop(run)
@@ -400,12 +404,12 @@ def check_collectives(run, folder):
     assert first != second
 
 
-def check_gradients(run):
+def check_gradients(run, compile=False):
     images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     share = images[2 * run.rank : 2 * run.rank + 2]
     net = small_net()
     net[1].eval()
-    wrapped = run.wrap(net)
+    wrapped = run.wrap(net, compile=compile)
     assert not wrapped.broadcast_buffers
     # Two forwards before a backward, and a normalizer that differs: process 1 has no objects.
     count = run.mean(torch.tensor(6 * (1 - run.rank))).clamp(min=1)
