@@ -9,7 +9,7 @@ from training.logger import Logger
 
 RUN = ["--device", "cuda", "--max-steps", 3, "--batch-size", 2, "--log-every", 99, "--validation-epochs", 99]
 # How often a training step and a batch of an evaluation wait for the GPU, at most; the first of each may fill caches.
-WAITS = {"backbone": (2, 6), "ssd": (3, 99), "retinanet": (3, 99)}
+WAITS = {"backbone": (2, 6), "ssd": (3, 99), "retinanet": (3, 99), "maskrcnn": (4, 3)}
 
 
 @pytest.fixture(params=WAITS)

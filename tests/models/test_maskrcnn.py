@@ -222,7 +222,7 @@ def test_autocast_on_a_cpu():
             features, proposals, outputs = net.propose(images, shapes)
             half = net(images, shapes, lambda proposals: ([boxes, boxes], [boxes, boxes]))
             detections = net(images, shapes)
-    assert {x.dtype for x in (*features.values(), *proposals, outputs["anchors"])} == {torch.float32}
+    assert {x.dtype for x in (*features, proposals, outputs["anchors"])} == {torch.float32}
     torch.testing.assert_close(half["anchors"], expected["anchors"], rtol=0, atol=0)
     for name in ("objectness", "deltas", "logits", "offsets", "masks"):
         difference = (half[name].float() - expected[name]).norm() / expected[name].norm()
