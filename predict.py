@@ -16,6 +16,7 @@ image with the predictions drawn on it, sheet.jpg with the first 36 of them, and
   submission.json  of a CenterFusion: nuScenes' submission format, boxes in the global frame
 """
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def select(detections, threshold, labels):
 def classify(net, images, run, threshold, labels):
     """The five top-scoring of `labels` for each image (uint8 [3,H,W]): a dict of labels and scores, 0 to 1, each."""
     crop = transforms.classification_eval(net.image_size[0], net.image_size[0])
-    batch = torch.stack([crop(image) for image in images]).to(run.device)
+    batch = torch.stack([crop(image) for image in images]).to(run.device, non_blocking=True)
     with run.autocast():
         logits = net(normalize(batch, net.image_mean, net.image_std))
     scores, indices = logits.float().softmax(1).cpu()[:, labels].topk(min(5, len(labels)))
@@ -132,7 +133,7 @@ def detect(net, images, run, threshold, labels):
         resize, collate = transforms.multiscale_eval(net.min_side, net.max_side), loader.PadCollate(32)
     batch, targets = collate([resize(tv_tensors.Image(image), empty_target(image)) for image in images])
     size, shapes = tuple(batch.shape[-2:]), [target["shape"] for target in targets]
-    pixels = normalize(batch.to(run.device), net.image_mean, net.image_std, shapes)
+    pixels = normalize(batch.to(run.device, non_blocking=True), net.image_mean, net.image_std, shapes)
     with run.autocast():
         outputs = net(pixels, shapes) if task_of(net) == "masks" else net(pixels)
     if task_of(net) == "masks":
@@ -206,8 +207,9 @@ def predict_nuscenes(net, names, args, run, threshold, labels):
         nuscenes_transforms.centerfusion_eval(net.image_size),
     )
     print(f"{len(key_frames)} key frames (--samples) of {dataset.version}, {dataset.split}: {dataset.summary()}")
-    pixels = {"mean": net.image_mean, "std": net.image_std, "device": run.device, "stride": STRIDE}
-    pixels |= {"radar": use_radar, "dims": flags["pillar_dims"]}
+    maps = {"size": tuple(side // STRIDE for side in net.image_size), "stride": STRIDE}
+    inputs_of = functools.partial(network_inputs, radar=use_radar, dims=flags["pillar_dims"], **maps)
+    untrained = net.untrained_heads()
     gallery, targets, detections = Gallery(args.out), [], []
     for name, indices in tqdm(key_frames, unit="key frame", disable=None):
         samples, predicted = [], []
@@ -218,10 +220,11 @@ def predict_nuscenes(net, names, args, run, threshold, labels):
                 gallery.report(error)
         for batch in batches(samples, args.batch_size):
             with gallery.timed(len(batch)), torch.no_grad():
-                images, resized = loader.collate([resize(*sample) for sample in batch])
+                images, resized = loader.collate([resize(*sample) for sample in batch], inputs_of)
+                inputs, images = resized.to(run.device), images.to(run.device, non_blocking=True).flip(1)  # BGR
                 with run.autocast():
-                    outputs = net(*network_inputs(images, resized, **pixels))
-                decoded = decode3d.decode(outputs, resized, STRIDE, without=net.untrained_heads())
+                    outputs = net(normalize(images, net.image_mean, net.image_std), **inputs)
+                decoded = decode3d.decode(outputs, resized, STRIDE, without=untrained)
                 predicted += [select(detection, threshold, labels) for detection in decoded]
         if samples:
             truth = [true_detections(target) for _, target in samples]

@@ -76,19 +76,19 @@ def evaluate(net, val_loader, sample_ids=(), *, run):
     samples: the images with `sample_ids`, (image, label, predicted label) each, to be drawn.
     """
     evaluator, samples = TopKAccuracy(net.classes), []
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, images
+    loss, count = torch.zeros((), dtype=torch.float64, device=run.device), 0
     run.set_eval_mode(net)
     for images, labels, image_ids in val_loader:
         with run.autocast():
             logits = net(normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std))
-        labels = labels.to(run.device)
-        entropy = cross_entropy(logits, labels, 1)["cross_entropy"]
-        sums += torch.tensor([entropy.item(), len(labels)], dtype=torch.float64)
-        evaluator.update(labels, logits)
-        predictions = zip(image_ids, images, labels.tolist(), logits.argmax(1).tolist())
-        samples += [sample for image_id, *sample in predictions if image_id in sample_ids]
-    sums = run.mean(sums)
-    return {"loss": float(sums[0] / sums[1]), **evaluator.compute(run.gather)}, [evaluator], samples
+        labels_on_device = labels.to(run.device, non_blocking=True)
+        loss += cross_entropy(logits, labels_on_device, 1)["cross_entropy"]
+        count += len(labels)
+        evaluator.update(labels_on_device, logits)
+        for row in (row for row, image_id in enumerate(image_ids) if image_id in sample_ids):
+            samples.append((images[row], int(labels[row]), int(logits[row].argmax())))
+    loss = run.mean(loss) / run.mean(count)
+    return {"loss": float(loss), **evaluator.compute(run.gather)}, [evaluator], samples
 
 
 @torch.no_grad()
@@ -116,7 +116,8 @@ def main(argv=None):
             args.data, args.train, args.val, run_folder.classes, run_folder.path, args.seed, run.print
         )
     if args.check_data:
-        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path, run.print)
+        run.close()
+        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
     train_set, val_set = checks.apply(train_set, val_set, errors, "error", args.bad_images, args.workers, run.print)
     truth = score_labels(TopKAccuracy(val_set.classes), val_set.labels)
     run.print(f"ground truth scored as predictions: top-1 {truth['top1']:.3f}")
@@ -162,7 +163,7 @@ def main(argv=None):
     if args.preflight:
         count = args.batch_size // run.world_size
         first = [[i % len(dataset) for i in range(count)] for dataset in (train_set, val_set)]
-        train_loader, val_loader = loader.one_batch_each((train_set, val_set), first, loader.collate_labels)
+        train_loader, val_loader = loader.one_batch_each((train_set, val_set), first, [loader.collate_labels] * 2)
     sample_ids = set(range(0, len(val_set), -(-len(val_set) // 16)))  # 16 images to draw, from all classes
 
     # train
@@ -173,21 +174,22 @@ def main(argv=None):
             images = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std)
             images, labels = mix(images, labels.to(run.device, non_blocking=True))
             count = args.batch_size / run.world_size
-            for part, part_labels in zip(images.chunk(args.accumulate), labels.chunk(args.accumulate)):
+            parts = zip(images.chunk(args.accumulate), labels.chunk(args.accumulate))
+            for part, part_labels in run.sync_last(wrapped, parts):
                 with run.autocast():
                     logits = wrapped(part)
                 losses = criterion(logits, part_labels, count)
                 run.scaler.scale(sum(losses.values())).backward()
                 logger.add(progress.step + 1, losses, image_ids, accuracy(logits, part_labels, count))
             optim.step(optimizer, run.scaler, net, args.clip_norm)
-            ema.update(net)
+            ema.update()
 
             due = plan.advance(progress, stop.requested())
             if due.log:
                 plan.record_loss(due, logger.log_losses(progress.step, optimizer))
             if due.validate:
                 run_folder.save()  # if the validation is killed, no step is lost
-                with ema.applied(net), logger.paused():
+                with ema.applied(), logger.paused():
                     metrics, evaluators, samples = validate(val_loader, sample_ids)
                     if progress.record(metrics[monitor], cli.higher_is_better(monitor)):
                         run_folder.save_weights(net)

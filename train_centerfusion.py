@@ -14,11 +14,12 @@ import torch
 
 import models
 from data import checks, classes, loader, nuscenes
-from data.nuscenes import transforms
+from data.nuscenes import collate, transforms
 from evaluation.nuscenes import MEASURES, NuScenesEvaluator, score_ground_truth
 from losses import assignment, centerfusion
 from models import pretrained
 from ops import decode3d, radar
+from ops.images import normalize
 from training import cli, distributed, memory, optim
 from training.ema import Ema
 from training.plan import Plan
@@ -44,14 +45,18 @@ def parse_args(argv):
     scale = "standard deviation, and maximum, of a random zoom"
     arg("--scale", type=cli.number(float, 0, 1), default=0.0, help=scale)
     arg("--color-jitter", "--colour", type=cli.probability, default=0.5, help="probability of each color change")
-    nothing = "accepted, without effect: training always shuffles and never crops"
-    arg("--shuffle-train", "--not-rand-crop", action="store_true", help=nothing)
+    arg("--shuffle-train", "--not-rand-crop", action="store_true", help="no effect: it always shuffles and never crops")
 
     arg = parser.add_argument_group("radar").add_argument
     arg("--pointcloud", action="store_true", help="use radar; without it, the camera alone")
     arg("--radar-sweeps", type=cli.number(int, 1, 7), default=3, help="sweeps per radar, 1 to 6")
-    height = "raise radar points by this height"
-    arg("--pc-z-offset", type=cli.number(float, -10, 10), default=0.0, metavar="METERS", help=height)
+    arg(
+        "--pc-z-offset",
+        type=cli.number(float, -10, 10),
+        default=0.0,
+        metavar="METERS",
+        help="raise radar points by this",
+    )
     dims = "height, width and length of the pillar that a point becomes, in meters"
     arg("--pillar-dims", type=cli.numbers, default="1.5,0.2,0.2", metavar="H,W,L", help=dims)
     arg("--max-pc-dist", type=cli.non_negative, default=60.0, metavar="METERS", help="drop radar points farther away")
@@ -69,11 +74,10 @@ def parse_args(argv):
     arg("--velocity", action="store_true", help="train the velocity head")
     arg("--nuscenes-att", action="store_true", help="train the attribute head")
     arg("--run-dataset-eval", action="store_true", help="validate with nuscenes-devkit's official score too")
-    mirror = "validate on the mean of the outputs for each image and its mirror image"
-    arg("--flip-test", action="store_true", help=mirror)
+    arg("--flip-test", action="store_true", help="validate on the mean over each image and its mirror image")
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
-    published = {"batch_size": 32, "lr_batch_size": 32, "workers": 4, "optimizer": "adam", "lr": 2.5e-4}
+    published = {"batch_size": 32, "lr_batch_size": 32, "optimizer": "adam", "lr": 2.5e-4}
     published |= {"weight_decay": 0.0, "epochs": 60, "milestones": "50", "save_epochs": "20,40,50"}
     parser.set_defaults(model_dir="runs/centerfusion", **published)
     parser.add_argument("--exp-id", default="", metavar="NAME", help="the same as --model-dir runs/NAME")
@@ -90,32 +94,32 @@ def parse_args(argv):
 
 
 @torch.no_grad()
-def evaluate(net, val_loader, evaluator=None, num_samples=0, *, run, inputs_of, assign, loss_sums, flip_test):
+def evaluate(net, val_loader, evaluator=None, num_samples=0, *, run, loss_sums, flip_test):
     """Losses over the validation set and, with an evaluator, the official score: (metrics, evaluators, samples).
 
     Every process evaluates its share of the images, all get the same metrics. Batch norm statistics do not change.
     samples: the first `num_samples` images with objects, (image, target, detections) each, to be drawn.
     """
     run.set_eval_mode(net)
-    counts, samples = torch.zeros(len(centerfusion.COUNTS), dtype=torch.float64), []
-    sums = {head: torch.zeros_like(counts) for head in centerfusion.WEIGHTS if hasattr(net, head)}
+    heads, samples = [head for head in centerfusion.WEIGHTS if hasattr(net, head)], []
+    counts = torch.zeros(len(centerfusion.COUNTS), dtype=torch.float64, device=run.device)
+    sums, untrained = counts.repeat(len(heads), 1), net.untrained_heads()
     for images, targets in val_loader:
-        with run.autocast():
-            outputs = net(*inputs_of(images, targets))  # radar is associated with the network's own peaks, as in use
-        matched = assign(targets, run.device)
-        for head, terms in loss_sums(outputs, matched).items():
-            sums[head] += terms.double().cpu()
-        counts += centerfusion.count(matched).double().cpu()
-        if flip_test:
-            mirrored = [transforms.flip_target(target, images.shape[-1]) for target in targets]
-            with run.autocast():
-                outputs = decode3d.flip_averaged(outputs, net(*inputs_of(images.flip(-1), mirrored)))
-        detections = decode3d.decode(outputs, targets, STRIDE, without=net.untrained_heads())
+        matched = targets.to(run.device)
+        pixels = normalize(images.to(run.device, non_blocking=True).flip(1), net.image_mean, net.image_std)  # BGR
+        pixels = torch.cat([pixels, pixels.flip(-1)]) if flip_test else pixels
+        with run.autocast():  # radar is associated with the network's own peaks, as in use
+            outputs = net(pixels, matched.get("radar_map"), matched["calib"])
+        own = {head: maps[: len(images)] for head, maps in outputs.items()}
+        sums += torch.stack(list(loss_sums(own, matched).values()))
+        counts += centerfusion.count(matched)
+        outputs = decode3d.flip_averaged(outputs) if flip_test else own
+        detections = decode3d.decode(outputs, targets, STRIDE, without=untrained)
         samples = (samples + [s for s in zip(images, targets, detections) if len(s[1]["labels"])])[:num_samples]
         if evaluator:
             evaluator.update(targets, detections)
     counts = run.mean(counts).clamp(min=1 / run.world_size)
-    losses = {head: float((run.mean(terms) / counts).sum()) for head, terms in sums.items()}
+    losses = dict(zip(heads, (run.mean(sums) / counts).sum(1).tolist()))
     official = evaluator.compute(run.gather, run.is_main) if evaluator else {}
     return {"loss": sum(losses.values()), **losses, **official}, [evaluator] * bool(evaluator), samples
 
@@ -135,7 +139,8 @@ def main(argv=None):
             args.data, radar=sweeps, seed=args.seed, print=run.print, **cli.nuscenes_options(args)
         )
     if args.check_data:
-        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path, run.print)
+        run.close()
+        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
     train_set, val_set = checks.apply(
         train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
     )
@@ -157,9 +162,9 @@ def main(argv=None):
     weights = {"weights": centerfusion.WEIGHTS | trained, "class_weights": class_weights}
     loss_sums = functools.partial(centerfusion.loss_sums, **weights)
     criterion = functools.partial(centerfusion.loss, **weights)
-    assign = functools.partial(centerfusion.assign, size=[side // STRIDE for side in size], stride=STRIDE, **limits)
-    pixels = {"mean": net.image_mean, "std": net.image_std, "device": run.device, "stride": STRIDE}
-    inputs_of = functools.partial(radar.network_inputs, radar=args.pointcloud, dims=args.pillar_dims, **pixels)
+    maps = {"size": tuple(side // STRIDE for side in size), "stride": STRIDE}
+    inputs_of = functools.partial(radar.network_inputs, radar=args.pointcloud, dims=args.pillar_dims, **maps)
+    made = {"inputs_of": inputs_of, "assign": functools.partial(centerfusion.assign, **maps, **limits)}
 
     # optimizer, schedule, resume
     optimizer = optim.build(args, net.parameter_groups(), {"backbone": args.lr, "heads": args.lr})
@@ -171,13 +176,13 @@ def main(argv=None):
 
     # loaders
     process = loader.Process(run.rank, run.world_size, args.workers, run.pin_memory)
-    val_loader = loader.eval_loader(val_set, args.batch_size, process)
-    validate = functools.partial(
-        evaluate, net, run=run, inputs_of=inputs_of, assign=assign, loss_sums=loss_sums, flip_test=args.flip_test
-    )
+    train_collate = functools.partial(collate.train, **made)
+    val_collate = functools.partial(collate.val, **made, flip_test=args.flip_test)
+    val_loader = loader.eval_loader(val_set, args.batch_size, process, val_collate)
+    validate = functools.partial(evaluate, net, run=run, loss_sums=loss_sums, flip_test=args.flip_test)
     new_evaluator = functools.partial(NuScenesEvaluator, args.data, args.version, args.val_split, args.pointcloud)
-    if args.run_dataset_eval and run.is_main and not args.preflight:
-        run.print(score_ground_truth(new_evaluator(merge_distance=0.5), map(val_set.annotation, range(len(val_set)))))
+    if args.run_dataset_eval and not args.preflight:
+        run.print(score_ground_truth(new_evaluator(merge_distance=0.5), val_set, run.gather, run.is_main))
     if args.eval_only:
         metrics, evaluators, _ = validate(val_loader, new_evaluator(print=run.print))
         return run_folder.report(metrics, evaluators)
@@ -185,34 +190,35 @@ def main(argv=None):
     sampler = loader.StepSampler(
         len(train_set), args.batch_size, plan.total_steps, args.seed, progress.step, process, balance
     )
-    train_loader = loader.train_loader(train_set, sampler, process)
+    train_loader = loader.train_loader(train_set, sampler, process, train_collate)
     if args.preflight:
         largest = [dataset.most_objects(args.batch_size // run.world_size) for dataset in (train_set, val_set)]
-        train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest)
+        train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest, (train_collate, val_collate))
 
     # train
     with run_folder.logger(plan, train_set) as logger, StopSignals(run) as stop, memory.advice(run, args, size):
         for images, targets in logger.steps(train_loader):
             plan.set_lr(optimizer, progress.step)
             image_ids = [target["image_id"] for target in targets]
-            images, radar_map, calib = inputs_of(images, targets)
-            matched = assign(targets, run.device, radar_map, calib)
+            images = normalize(images.to(run.device, non_blocking=True).flip(1), net.image_mean, net.image_std)  # BGR
+            matched = targets.to(run.device)
             counts = run.mean(centerfusion.count(matched)).clamp(min=1 / run.world_size)  # over all processes
-            for part, part_matched in assignment.micro_batches(args.accumulate, images, matched):
+            parts = assignment.micro_batches(args.accumulate, images, matched)
+            for part, part_matched in run.sync_last(wrapped, parts):
                 with run.autocast():
                     outputs = wrapped(part, association=part_matched.get("radar"))
                 losses = criterion(outputs, part_matched, counts)
                 run.scaler.scale(sum(losses.values())).backward()
                 logger.add(progress.step + 1, losses, image_ids)
             optim.step(optimizer, run.scaler, net, args.clip_norm)
-            ema.update(net)
+            ema.update()
 
             due = plan.advance(progress, stop.requested())
             if due.log:
                 plan.record_loss(due, logger.log_losses(progress.step, optimizer))
             if due.validate:
                 run_folder.save()  # if the validation is killed, no step is lost
-                with ema.applied(net), logger.paused():
+                with ema.applied(), logger.paused():
                     official = new_evaluator(print=run.print) if args.run_dataset_eval and not args.preflight else None
                     metrics, evaluators, samples = validate(val_loader, official, num_samples=4)
                     progress.record(metrics[monitor], cli.higher_is_better(monitor))

@@ -126,9 +126,11 @@ def main(argv=None):
     run_folder = RunFolder(args, run)
 
     # data
-    train_set, val_set, errors = load_data(args, run_folder)
+    with run.raise_in_all():
+        train_set, val_set, errors = load_data(args, run_folder)
     if args.check_data:
-        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path, run.print)
+        run.close()
+        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
     train_set, val_set = checks.apply(
         train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
     )
@@ -181,7 +183,7 @@ def main(argv=None):
         train_set.transform = val_set.transform = transforms.multiscale_eval(*size)
         count = args.batch_size // run.world_size
         largest = [loader.largest_images(dataset, count, *size) for dataset in (train_set, val_set)]
-        train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest, loader.PadCollate(32))
+        train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest, [loader.PadCollate(32)] * 2)
 
     # train
     with run_folder.logger(plan, train_set) as logger, StopSignals(run) as stop, memory.advice(run, args, size):
@@ -202,14 +204,14 @@ def main(argv=None):
                 run.scaler.scale(sum(losses.values())).backward()
                 logger.add(progress.step + 1, losses, image_ids)
             optim.step(optimizer, run.scaler, net, args.clip_norm)
-            ema.update(net)
+            ema.update()
 
             due = plan.advance(progress, stop.requested())
             if due.log:
                 plan.record_loss(due, logger.log_losses(progress.step, optimizer))
             if due.validate:
                 run_folder.save()  # if the validation is killed, no step is lost
-                with ema.applied(net), logger.paused():
+                with ema.applied(), logger.paused():
                     metrics, evaluators, samples = validate(val_loader, val_set, new_evaluator(), num_samples=4)
                     progress.record(metrics[monitor], cli.higher_is_better(monitor))
                 optim.set_train_mode(net, frozen, args.freeze_bn)

@@ -72,7 +72,7 @@ def parse_args(argv):
     cli.add_detection_arguments(parser)
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
-    published = {"batch_size": 2, "lr_batch_size": 2, "workers": 3, "epochs": 100, "scheduler": "plateau"}
+    published = {"batch_size": 2, "lr_batch_size": 2, "epochs": 100, "scheduler": "plateau"}
     published |= {"optimizer": "adam", "lr": 1e-5, "weight_decay": 0.0, "clip_norm": 0.1, "freeze_bn": True}
     parser.set_defaults(model_dir="runs/retinanet", **published)
     return parser.parse(argv)
@@ -86,16 +86,16 @@ def evaluate(net, val_loader, coco, num_samples=0, *, run, assign, criterion, de
     samples: the first `num_samples` images with objects, (image, target, detections) each, to be drawn.
     """
     evaluators, samples = [VOCEvaluator(net.classes), coco], []
-    sums = torch.zeros(3, dtype=torch.float64)  # regression loss, classification loss, positives
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # regression loss, classification loss, positives
     run.set_eval_mode(net)
     for images, targets in val_loader:
         size, shapes = tuple(images.shape[-2:]), [target["shape"] for target in targets]
         images_on_device = images.to(run.device, non_blocking=True)
         with run.autocast():
             outputs = net(normalize(images_on_device, net.image_mean, net.image_std, shapes))
-        matched = assign(net.anchors(size), targets, net.box_weights)
+        matched = assign(net.anchors(size), targets.to(run.device), net.box_weights)
         losses = criterion(outputs, matched, 1)
-        sums += torch.stack([*losses.values(), assignment.count_positives(matched)]).double().cpu()
+        sums += torch.stack([*losses.values(), assignment.count_positives(matched)])
         detections = detect(outputs, net.anchors(size), net.box_weights, shapes, net.level_sizes(size))
         samples = (samples + [s for s in zip(images, targets, detections) if len(s[1]["labels"])])[:num_samples]
         # COCO tells small objects from large ones by pixels of the file
@@ -117,11 +117,13 @@ def main(argv=None):
     run_folder = RunFolder(args, run)
 
     # data
-    train_set, val_set, errors = detection.load(
-        args.dataset, args.data, classes=run_folder.classes, seed=args.seed, **cli.layout_options(args)
-    )
+    with run.raise_in_all():
+        train_set, val_set, errors = detection.load(
+            args.dataset, args.data, classes=run_folder.classes, seed=args.seed, **cli.layout_options(args)
+        )
     if args.check_data:
-        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path, run.print)
+        run.close()
+        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
     train_set, val_set = checks.apply(
         train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
     )
@@ -176,7 +178,7 @@ def main(argv=None):
         train_set.transform = val_set.transform = transforms.multiscale_eval(*size)
         count = args.batch_size // run.world_size
         largest = [loader.largest_images(dataset, count, *size) for dataset in (train_set, val_set)]
-        train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest, loader.PadCollate(32))
+        train_loader, val_loader = loader.one_batch_each((train_set, val_set), largest, [loader.PadCollate(32)] * 2)
 
     # train
     with run_folder.logger(plan, train_set) as logger, StopSignals(run) as stop, memory.advice(run, args, size):
@@ -184,23 +186,24 @@ def main(argv=None):
             plan.set_lr(optimizer, progress.step)
             image_ids, shapes = ([target[name] for target in targets] for name in ("image_id", "shape"))
             images = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std, shapes)
-            matched = assign(net.anchors(images.shape[-2:]), targets, net.box_weights)
+            matched = assign(net.anchors(images.shape[-2:]), targets.to(run.device), net.box_weights)
             num_positives = run.mean(assignment.count_positives(matched)).clamp(min=1 / run.world_size)
-            for part, part_matched in assignment.micro_batches(args.accumulate, images, matched):
+            parts = assignment.micro_batches(args.accumulate, images, matched)
+            for part, part_matched in run.sync_last(wrapped, parts):
                 with run.autocast():
                     outputs = wrapped(part)
                 losses = criterion(outputs, part_matched, num_positives)
                 run.scaler.scale(sum(losses.values())).backward()
                 logger.add(progress.step + 1, losses, image_ids)
             optim.step(optimizer, run.scaler, net, args.clip_norm)
-            ema.update(net)
+            ema.update()
 
             due = plan.advance(progress, stop.requested())
             if due.log:
                 plan.record_loss(due, logger.log_losses(progress.step, optimizer, running=500))
             if due.validate:
                 run_folder.save()  # if the validation is killed, no step is lost
-                with ema.applied(net), logger.paused():
+                with ema.applied(), logger.paused():
                     metrics, evaluators, samples = validate(val_loader, new_evaluator(), num_samples=4)
                     progress.record(metrics[monitor], cli.higher_is_better(monitor))
                 optim.set_train_mode(net, frozen, args.freeze_bn)

@@ -89,15 +89,15 @@ def evaluate(net, val_loader, mean_ap=True, num_samples=0, *, run, assign, crite
     samples: the first `num_samples` images with objects, (image, target, detections) each, to be drawn.
     """
     evaluator, samples = VOCEvaluator(net.classes), []
-    sums = torch.zeros(3, dtype=torch.float64)  # regression loss, classification loss, positives
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # regression loss, classification loss, positives
     run.set_eval_mode(net)
     for images, targets in val_loader:
         size = tuple(images.shape[-2:])
         with run.autocast():
             outputs = net(normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std))
-        matched = assign(net.anchors(size), targets, net.box_weights)
+        matched = assign(net.anchors(size), targets.to(run.device), net.box_weights)
         losses = criterion(outputs, matched, 1)
-        sums += torch.stack([*losses.values(), assignment.count_positives(matched)]).double().cpu()
+        sums += torch.stack([*losses.values(), assignment.count_positives(matched)])
         if mean_ap or len(samples) < num_samples:
             detections = nms.ssd_detections(outputs, net.anchors(size), net.box_weights, size)
             samples = (samples + [s for s in zip(images, targets, detections) if len(s[1]["labels"])])[:num_samples]
@@ -117,11 +117,13 @@ def main(argv=None):
     run_folder = RunFolder(args, run)
 
     # data
-    train_set, val_set, errors = detection.load(
-        args.dataset, args.data, classes=run_folder.classes, seed=args.seed, **cli.layout_options(args)
-    )
+    with run.raise_in_all():
+        train_set, val_set, errors = detection.load(
+            args.dataset, args.data, classes=run_folder.classes, seed=args.seed, **cli.layout_options(args)
+        )
     if args.check_data:
-        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path, run.print)
+        run.close()
+        return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
     train_set, val_set = checks.apply(
         train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
     )
@@ -184,23 +186,24 @@ def main(argv=None):
             plan.set_lr(optimizer, progress.step)
             image_ids = [target["image_id"] for target in targets]
             images = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std)
-            matched = assign(net.anchors(size), targets, net.box_weights)
+            matched = assign(net.anchors(size), targets.to(run.device), net.box_weights)
             num_positives = run.mean(assignment.count_positives(matched)).clamp(min=1 / run.world_size)
-            for part, part_matched in assignment.micro_batches(args.accumulate, images, matched):
+            parts = assignment.micro_batches(args.accumulate, images, matched)
+            for part, part_matched in run.sync_last(wrapped, parts):
                 with run.autocast():
                     outputs = wrapped(part)
                 losses = criterion(outputs, part_matched, num_positives)
                 run.scaler.scale(sum(losses.values())).backward()
                 logger.add(progress.step + 1, losses, image_ids)
             optim.step(optimizer, run.scaler, net, args.clip_norm)
-            ema.update(net)
+            ema.update()
 
             due = plan.advance(progress, stop.requested())
             if due.log:
                 plan.record_loss(due, logger.log_losses(progress.step, optimizer))
             if due.validate:
                 run_folder.save()  # if the validation is killed, no step is lost
-                with ema.applied(net), logger.paused():
+                with ema.applied(), logger.paused():
                     metrics, evaluators, samples = validate(val_loader, args.validation_mean_ap, num_samples=4)
                     progress.record(metrics[monitor], cli.higher_is_better(monitor))
                 optim.set_train_mode(net, frozen, args.freeze_bn)

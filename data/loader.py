@@ -1,7 +1,7 @@
 """From a data set to batches: which images a step sees, and how they become one tensor."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from ops.matching import pad_boxes
+
+Pack = Callable[[Sequence[dict]], Mapping[str, torch.Tensor]]
 WINDOW = 64  # batches that are sorted by aspect ratio together: a larger window needs less padding but is less random
 
 
@@ -87,15 +90,28 @@ class StepSampler(Sampler):
 
 
 class Targets(list):
-    """The targets of a batch. Data loading workers send them as arrays, with masks as bits.
+    """The targets of a batch, on the CPU, and `tensors`: what the losses need of them, as a dict of tensors [B,...].
 
-    torch would pass each tensor on as a file in shared memory: boxes, labels and ignore of two batches of 128 images
-    are more than the 1,024 files that a process may usually have open. Two images with 20 masks each of 800 x 1333
-    pixels take 31 ms as bits, 128 ms as bytes.
+    Data loading workers make both, and send the targets as arrays, with masks as bits: torch would pass each tensor on
+    as a file in shared memory, and boxes, labels and ignore of two batches of 128 images are more than the 1,024 files
+    that a process may usually have open. Two images with 20 masks each of 800 x 1333 pixels take 31 ms as bits, 128 ms
+    as bytes.
     """
 
+    def __init__(self, targets: Iterable[dict], tensors: Mapping[str, torch.Tensor]):
+        super().__init__(targets)
+        self.tensors = dict(tensors)
+
+    def to(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """`tensors` on a device; if it is a GPU, it is not waited for."""
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+
+    def pin_memory(self) -> "Targets":
+        """torch's DataLoader calls it; only `tensors` are copied to the GPU."""
+        return Targets(self, {name: tensor.pin_memory() for name, tensor in self.tensors.items()})
+
     def __reduce__(self):
-        return _unpack, ([_pack(target) for target in self],)
+        return _unpack, ([_pack(target) for target in self], self.tensors)
 
 
 def _pack(target):
@@ -105,8 +121,8 @@ def _pack(target):
     return arrays
 
 
-def _unpack(packed):
-    targets = Targets()
+def _unpack(packed, tensors):
+    targets = Targets([], tensors)
     for arrays in packed:
         if "masks" in arrays:
             bits, width = arrays["masks"]
@@ -120,14 +136,18 @@ def _plain(target):
     return {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k, v in target.items()}
 
 
-def collate(samples: Sequence[tuple]) -> tuple[torch.Tensor, Targets]:
-    """[(image uint8 [3,H,W], target)] of one size -> (uint8 [B,3,H,W], list of B targets), all plain tensors."""
+def collate(samples: Sequence[tuple], pack: Pack = pad_boxes) -> tuple[torch.Tensor, Targets]:
+    """[(image uint8 [3,H,W], target)] of one size -> (uint8 [B,3,H,W], B targets), all plain tensors.
+
+    pack   makes `Targets.tensors` of a list of targets
+    """
     images, targets = zip(*samples)
-    return torch.stack(images), Targets(map(_plain, targets))
+    targets = [_plain(target) for target in targets]
+    return torch.stack(images), Targets(targets, pack(targets))
 
 
 class PadCollate:
-    """`collate` for images of any size: [(image uint8 [3,h,w], target)] -> (uint8 [B,3,H,W], list of B targets).
+    """`collate` for images of any size: [(image uint8 [3,h,w], target)] -> (uint8 [B,3,H,W], B targets).
 
     multiple   H and W are the largest height and width, rounded up to a multiple of this number of pixels
 
@@ -143,7 +163,8 @@ class PadCollate:
         batch = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # channels last
         for pixels, (image, _), (h, w) in zip(batch, samples, shapes):
             pixels[:, :h, :w] = image
-        return batch, Targets(_plain(target) | {"shape": shape} for (_, target), shape in zip(samples, shapes))
+        targets = [_plain(target) | {"shape": shape} for (_, target), shape in zip(samples, shapes)]
+        return batch, Targets(targets, pad_boxes(targets))
 
 
 def collate_labels(samples: Sequence[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -162,14 +183,15 @@ def train_loader(
 def eval_loader(
     dataset: Dataset, batch_size: int, process: Process = Process(), collate: Callable = collate
 ) -> DataLoader:
-    """This process's share of the images, each once. batch_size: over all processes."""
+    """This process's share of the images, each once. batch_size: over all processes. Its workers stay alive."""
     share = Subset(dataset, range(process.rank, len(dataset), process.world_size))
-    return _loader(share, process, collate, batch_size=batch_size // process.world_size)
+    options = {"batch_size": batch_size // process.world_size, "persistent_workers": process.workers > 0}
+    return _loader(share, process, collate, **options)
 
 
-def _loader(dataset, process, collate, **batches):
+def _loader(dataset, process, collate, **options):
     workers = {"num_workers": process.workers, "worker_init_fn": init_worker}
-    return DataLoader(dataset, collate_fn=collate, pin_memory=process.pin_memory, **workers, **batches)
+    return DataLoader(dataset, collate_fn=collate, pin_memory=process.pin_memory, **workers, **options)
 
 
 def init_worker(worker: int) -> None:
@@ -179,10 +201,11 @@ def init_worker(worker: int) -> None:
 
 
 def one_batch_each(
-    datasets: Sequence[Any], indices: Sequence[Sequence[int]], collate: Callable = collate
+    datasets: Sequence[Any], indices: Sequence[Sequence[int]], collates: Sequence[Callable] = (collate, collate)
 ) -> list[list[tuple]]:
     """For --preflight: in place of a loader for each data set, a list of one batch, of the images at its `indices`."""
-    return [[collate([dataset[int(i)] for i in chosen])] for dataset, chosen in zip(datasets, indices, strict=True)]
+    parts = zip(datasets, indices, collates, strict=True)
+    return [[collate([dataset[int(i)] for i in chosen])] for dataset, chosen, collate in parts]
 
 
 def largest_images(dataset: Any, count: int, min_side: int, max_side: int) -> list[int]:

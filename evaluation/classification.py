@@ -23,7 +23,7 @@ class TopKAccuracy(Evaluator):
 
     def __init__(self, classes: Sequence[str]):
         self.classes = list(classes)
-        self._batches = []  # int32 [3,B] each: label, prediction, rank of the label
+        self._batches = []  # int32 [3,B] each, on their device: label, prediction, rank of the label
 
     def update(self, labels: torch.Tensor, logits: torch.Tensor) -> None:
         """Add the images of a batch: labels int64 [B], logits [B,K], on any device."""
@@ -34,11 +34,11 @@ class TopKAccuracy(Evaluator):
         lower = torch.arange(logits.shape[1], device=logits.device) < labels  # [B,K]
         rank = (~(logits <= own) | ((logits == own) & lower)).sum(1)  # classes before the label, those of NaN too
         rank = rank.masked_fill(own.isnan()[:, 0], TOP)
-        self._batches.append(torch.stack([labels[:, 0], logits.argmax(1), rank]).int().cpu().numpy())
+        self._batches.append(torch.stack([labels[:, 0], logits.argmax(1), rank]).int())
 
     def compute(self, gather: Callable | None = None) -> dict[str, float]:
         """{"top1", "top5"}, 0 to 1."""
-        mine = np.concatenate([np.zeros((3, 0), np.int32), *self._batches], axis=1)
+        mine = torch.cat(self._batches, 1).cpu().numpy() if self._batches else np.zeros((3, 0), np.int32)
         self._computed = np.concatenate(gather(mine) if gather else [mine], axis=1)
         rank, count = self._computed[2], max(1, self._computed.shape[1])
         return {"top1": float((rank < 1).sum() / count), "top5": float((rank < TOP).sum() / count)}

@@ -4,8 +4,9 @@ evaluator.update(targets, detections)                  # detections: see ops.dec
 metrics = evaluator.compute(run.gather, run.is_main)
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,11 +109,15 @@ def true_detections(target: Mapping) -> dict[str, torch.Tensor]:
     return detections | {"velocity": detections["velocity"].nan_to_num(), "scores": torch.ones(int(keep.sum()))}
 
 
-def score_ground_truth(evaluator: NuScenesEvaluator, targets: Iterable[Mapping]) -> str:
-    """One line about the ground truth scored as predictions, a warning if the score is low; "" without the devkit."""
-    for target in targets:
+def score_ground_truth(
+    evaluator: NuScenesEvaluator, dataset: Any, gather: Callable | None = None, is_main: bool = True
+) -> str:
+    """One line about the ground truth of `dataset` scored as predictions, a warning if the score is low; "" without the
+    devkit. gather, is_main: see NuScenesEvaluator.compute; one process scores, the others wait."""
+    for index in range(len(dataset)) if is_main else ():
+        target = dataset.annotation(index)
         evaluator.update([target], [true_detections(target)])
-    metrics = evaluator.compute()
+    metrics = evaluator.compute(gather, is_main)
     if not metrics:
         return ""
     line = f"ground truth scored as predictions: NDS {metrics['NDS']:.3f}, mAP {metrics['mAP']:.3f}"

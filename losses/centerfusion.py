@@ -1,6 +1,6 @@
 """CenterFusion's losses (Nabati and Qi 2021), one per head, and the targets of each head.
 
-    matched = centerfusion.assign(targets, run.device, radar_map, calib)
+    matched = centerfusion.assign(targets, radar_map, calib)  # in a data loading worker; then copied to the GPU
     counts = run.mean(centerfusion.count(matched)).clamp(min=1 / run.world_size)
     losses = centerfusion.loss(network(images, association=matched["radar"]), matched, counts)
 
@@ -28,7 +28,6 @@ FIELDS |= {"amodal": 2}
 @torch.no_grad()
 def assign(
     targets,
-    device,
     radar_map=None,
     calib=None,
     *,
@@ -38,7 +37,7 @@ def assign(
     threshold="published",
     max_distance=60.0,
 ):
-    """The values that each head is trained to predict: a dict of tensors on `device`, batch first.
+    """The values that each head is trained to predict: a dict of tensors on the CPU, batch first.
 
     targets    B dicts of the data contract with its 3D fields, boxes in pixels of the network's input
     radar_map  [B,3,h,w], calib [B,3,4]: adds "radar" [B,3,h,w], radar returns associated with the true boxes by
@@ -59,8 +58,7 @@ def assign(
     boxes [B,N,4], alpha [B,N]        for `association`; farther objects come first
     """
     matched, ignored = object_targets(targets, size, stride)
-    hm = heatmaps(matched, ignored, num_classes, size, device)
-    matched = {"hm": hm} | {name: value.to(device, non_blocking=True) for name, value in matched.items()}
+    matched["hm"] = heatmaps(matched, ignored, num_classes, size)
     if radar_map is not None:
         matched["radar"] = association(matched, radar_map, calib, threshold, max_distance)
     return matched
@@ -82,7 +80,7 @@ def pack_targets(targets):
 
 
 def object_targets(targets, size, stride):
-    """(`assign` without hm and radar, on the CPU; bool [B,N], True for objects to ignore)."""
+    """(`assign` without hm and radar; bool [B,N], True for objects to ignore)."""
     height, width = size
     parts = pack_targets(targets).split([1, *FIELDS.values()], dim=-1)
     exists, boxes, label, ignore, center, dims, alpha, velocity, attribute, amodal = parts
@@ -112,7 +110,7 @@ def object_targets(targets, size, stride):
 
 
 def association(matched, radar_map, calib, threshold, max_distance):
-    """Radar returns associated with the true boxes: [B,3,h,w], see ops.radar.associate. All on one device."""
+    """Radar returns associated with the true boxes: [B,3,h,w], see ops.radar.associate."""
     boxes = matched["boxes"]
     x = boxes[..., ::2].mean(-1)
     tolerance = depth_tolerance(matched["dim"], matched["alpha"], x, calib, threshold)
@@ -120,18 +118,17 @@ def association(matched, radar_map, calib, threshold, max_distance):
     return associate(radar_map, boxes, depth, tolerance, max_distance=max_distance, valid=valid)
 
 
-def heatmaps(matched, ignored, num_classes, size, device):
-    """hm of `assign`, drawn on `device`, for the results of `object_targets` on the CPU."""
+def heatmaps(matched, ignored, num_classes, size):
+    """hm of `assign`, for the results of `object_targets`."""
     boxes, index, mask = matched["boxes"], matched["index"], matched["mask"]
     batch, (height, width) = len(boxes), size
     map_index = torch.arange(batch)[:, None] * num_classes + matched["label"]  # [B,N]
     cell = torch.stack([index % width, index // width], dim=-1)  # [B,N,2]
     sides = matched["wh"].ceil()
     radii = gaussian_radius(sides[..., 1], sides[..., 0])
-    hm = draw_gaussian(cell[mask], radii[mask], map_index[mask], batch * num_classes, size, device)
+    hm = draw_gaussian(cell[mask], radii[mask], map_index[mask], batch * num_classes, size)
     if ignored.any():
-        boxes, map_index = boxes[ignored].to(device), map_index[ignored].to(device)
-        hm = hm.masked_fill(cells_in_boxes(boxes, map_index, batch * num_classes, size), 1)
+        hm = hm.masked_fill(cells_in_boxes(boxes[ignored], map_index[ignored], batch * num_classes, size), 1)
     return hm.view(batch, num_classes, height, width)
 
 

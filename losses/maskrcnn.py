@@ -117,7 +117,7 @@ class SampledTargets:
     def objects(self, device):
         """`pad_boxes` of the targets: boxes [B,M,4] and labels [B,M] on `device`."""
         if self._objects is None:
-            self._objects = pad_boxes(self.targets, device)
+            self._objects = [to_device(tensor, device) for tensor in pad_boxes(self.targets).values()]
         return self._objects
 
     def counts(self, anchors):

@@ -2,7 +2,7 @@
 
 Boxes and anchors are xyxy in pixels. Offsets are those of Faster R-CNN (Ren et al. 2015, eq. 2): the shift of the
 center in anchor sizes and the log of the ratio of sizes, each times a weight. SSD's variances 0.1 and 0.2 are the
-weights (10, 10, 5, 5).
+weights (10, 10, 5, 5). Weights are four plain numbers: to make a tensor of them, a GPU would have to be waited for.
 """
 
 import math
@@ -18,7 +18,8 @@ def encode(boxes, anchors, weights):
     boxes, anchors = box_convert(boxes, "xyxy", "cxcywh"), box_convert(anchors, "xyxy", "cxcywh")
     shift = (boxes[..., :2] - anchors[..., :2]) / anchors[..., 2:]
     ratio = torch.log(boxes[..., 2:] / anchors[..., 2:])
-    return torch.cat([shift, ratio], dim=-1) * boxes.new_tensor(weights)
+    values = *shift.unbind(-1), *ratio.unbind(-1)
+    return torch.stack([value * weight for value, weight in zip(values, weights, strict=True)], dim=-1)
 
 
 def decode(offsets, anchors, weights):
@@ -26,7 +27,8 @@ def decode(offsets, anchors, weights):
 
     torchvision's BoxCoder computes the same, but takes no batch.
     """
-    offsets = offsets.float() / offsets.new_tensor(weights, dtype=torch.float32)
+    values = zip(offsets.float().unbind(-1), weights, strict=True)
+    offsets = torch.stack([value / weight for value, weight in values], dim=-1)
     anchors = box_convert(anchors, "xyxy", "cxcywh")
     center = anchors[..., :2] + offsets[..., :2] * anchors[..., 2:]
     size = anchors[..., 2:] * offsets[..., 2:].clamp(max=MAX_LOG_RATIO).exp()

@@ -40,9 +40,13 @@ def decode(
     Depth and rotation are those of the second stage if the network has one. The center is the cell of the peak plus
     amodel_offset, converted to pixels of the file and unprojected to that depth.
     """
-    scores, labels, index = topk_peaks(outputs["hm"].float().sigmoid(), count)  # [B,N]
-    heads = {name: gather_cells(outputs[name], index).float() for name in outputs.keys() - {"hm", "pc_hm", *without}}
-    calib, affine = (torch.stack([t[name] for t in targets]).to(scores.device) for name in ("calib", "affine"))
+    peaks = topk_peaks(outputs["hm"].float().sigmoid(), count)  # [B,N] each
+    heads = {name: gather_cells(outputs[name], peaks[2]) for name in outputs.keys() - {"hm", "pc_hm", *without}}
+    columns = [*(value[..., None] for value in peaks), *heads.values()]
+    table = torch.cat([column.float() for column in columns], -1).cpu()  # one copy; the rest is little
+    scores, labels, index, *values = table.split([column.shape[-1] for column in columns], -1)
+    scores, labels, index, heads = scores[..., 0], labels[..., 0].long(), index[..., 0].long(), dict(zip(heads, values))
+    calib, affine = (torch.stack([target[name] for target in targets]) for name in ("calib", "affine"))
     width = outputs["hm"].shape[-1]
     cell = torch.stack([index % width, index // width], dim=-1).float()  # [B,N,2]
     center, half = cell + heads["reg"], heads["wh"].clamp(min=0) / 2  # of the 2D box
@@ -60,23 +64,24 @@ def decode(
         "attribute": best_attribute(heads.get("nuscenes_att"), labels),
         "boxes": torch.cat([center - half, center + half], dim=-1) * stride,
     }
-    detections = {name: value.cpu() for name, value in detections.items()}  # the whole batch at once
     return [{name: value[i] for name, value in detections.items()} for i in range(len(scores))]
 
 
-def flip_averaged(outputs: Mapping[str, torch.Tensor], mirrored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The mean of the raw heads of images and of their mirror images, by name, each [B,C,h,w], for `decode`.
+def flip_averaged(outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Raw heads [2B,C,h,w] by name, of B images and then of their mirror images -> their means [B,C,h,w], for `decode`.
 
     Offsets within a cell, angles and velocities of the mirror images are flipped back first. hm is averaged as a
     probability.
     """
     means = {}
     for name, maps in outputs.items():
-        maps, flipped = maps.float(), mirrored[name].flip(-1).float()
+        maps, flipped = maps.float().chunk(2)
+        flipped = flipped.flip(-1)
         if name in ("reg", "amodel_offset"):  # x within the cell
             flipped = torch.cat([1 - flipped[:, :1], flipped[:, 1:]], dim=1)
         elif name in FLIP_SIGNS:
-            flipped = flipped * flipped.new_tensor(FLIP_SIGNS[name])[:, None, None]
+            channels = zip(flipped.unbind(1), FLIP_SIGNS[name], strict=True)
+            flipped = torch.stack([sign * channel for channel, sign in channels], dim=1)
         means[name] = ((maps.sigmoid() + flipped.sigmoid()) / 2).logit(1e-6) if name == "hm" else (maps + flipped) / 2
     return means
 

@@ -33,26 +33,23 @@ def gaussian_radius(height, width, overlap=0.7, roots="published"):
 
 
 @torch.no_grad()
-def draw_gaussian(centers, radii, map_index, num_maps, size, device=None):
+def draw_gaussian(centers, radii, map_index, num_maps, size):
     """Heatmaps float32 [num_maps,h,w] with a Gaussian of height 1 at each center; the maximum where they overlap.
 
     centers    int64 [N,2] x, y in cells; the part of a Gaussian outside its map is cut off. N may be 0
     radii      [N] in cells, at least 0, rounded down: the Gaussian ends there; its sigma is (2 * radius + 1) / 6
     map_index  int64 [N], 0 to num_maps - 1, the map of each object
     size       (h, w)
-    device     of the heatmaps, None: that of centers. With objects on the CPU, a GPU need not be waited for
     """
     height, width = size
-    device = device or centers.device
     radii = radii.long()[:, None]
-    box, row, line, column = covered_cells(torch.cat([centers - radii, centers + radii + 1], dim=1), size, device)
-    centers, map_index, radii = (x.to(device, non_blocking=True) for x in (centers, map_index, radii))
+    box, row, line, column = covered_cells(torch.cat([centers - radii, centers + radii + 1], dim=1), size)
     twice_variance = 2 * ((2 * radii[:, 0] + 1) / 6) ** 2
     x, y = centers[box].unbind(-1)
     down = (row - y).square() / twice_variance[box]  # of each line
     across = (column - x[line]).square() / twice_variance[box][line]
     cell = ((map_index[box] * height + row) * width)[line] + column
-    heatmaps = torch.zeros(num_maps * height * width, device=device)
+    heatmaps = torch.zeros(num_maps * height * width, device=centers.device)
     value = torch.exp(-(across + down[line]))
     return heatmaps.scatter_reduce_(0, cell, value, "amax").view(num_maps, height, width)
 

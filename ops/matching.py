@@ -8,8 +8,8 @@ BACKGROUND, IGNORE = -1, -2
 MAX_PAIRS = 1 << 26  # pairs of a box and an anchor at once: bounds each temporary tensor to 256 MB
 
 
-def pad_boxes(targets, device):
-    """A list of targets as two tensors: boxes float32 [B,M,4] and labels int64 [B,M], M the maximum in the batch.
+def pad_boxes(targets):
+    """A list of targets as {"boxes": float32 [B,M,4], "labels": int64 [B,M]}, M the maximum in the batch.
 
     A label is BACKGROUND where a row is padding and IGNORE where a box is to be ignored.
     """
@@ -20,7 +20,7 @@ def pad_boxes(targets, device):
         count = len(target["labels"])
         boxes[i, :count] = target["boxes"]
         labels[i, :count] = target["labels"].masked_fill(target["ignore"], IGNORE)
-    return boxes.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    return {"boxes": boxes, "labels": labels}
 
 
 @torch.no_grad()

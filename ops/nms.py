@@ -1,13 +1,18 @@
 """From raw network outputs to detections.
 
-Detections are a dict for each image: boxes float32 [N,4] xyxy clipped to the image, labels int64 [N] from 0, scores
-float32 [N], highest first.
+Detections are a dict for each image, on the CPU: boxes float32 [N,4] xyxy clipped to the image, labels int64 [N] from
+0, scores float32 [N], highest first.
+
+A batch is computed as one: a GPU is waited for three times, for the number of candidates, for those that are kept and
+for the results.
 """
 
 import torch
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import batched_nms, clip_boxes_to_image, nms
 
 from ops.boxes import decode
+
+MAX_CANDIDATES = 1 << 15  # of one call of `nms` on a GPU: its memory grows with the square, to 128 MB
 
 
 @torch.no_grad()
@@ -16,18 +21,13 @@ def multiclass_nms(
 ):
     """Class scores [B,P,K] in 0..1 without background and boxes [B,P,4] xyxy pixels -> detections of each image.
 
-    Of each class, the `max_candidates` top-scoring boxes above the threshold enter NMS (torchvision.ops.batched_nms);
-    `max_detections` of all classes remain. image_size is (h, w). The defaults are SSD's.
+    Of each class, the `max_candidates` top-scoring boxes above the threshold enter NMS; `max_detections` of all classes
+    remain. image_size is (h, w). The defaults are SSD's.
     """
-    detections = []
-    for image_scores, image_boxes in zip(scores.float(), clip_boxes_to_image(boxes.float(), image_size)):
-        top, prior = image_scores.topk(min(max_candidates, len(image_scores)), dim=0)  # [n,K]
-        label = torch.arange(top.shape[1], device=top.device).expand_as(top)
-        above = top > score_threshold
-        top, prior, label = top[above], prior[above], label[above]
-        keep = batched_nms(image_boxes[prior], top, label, iou_threshold)[:max_detections]
-        detections.append({"boxes": image_boxes[prior[keep]], "labels": label[keep], "scores": top[keep]})
-    return detections
+    scores, prior = scores.float().transpose(1, 2).topk(min(max_candidates, scores.shape[1]), dim=2)  # [B,K,n]
+    labels = torch.arange(scores.shape[1], device=scores.device)[:, None].expand_as(scores)
+    boxes = _rows(clip_boxes_to_image(boxes.float(), image_size), prior.flatten(1))
+    return _detections(boxes, scores.flatten(1), labels.flatten(1), score_threshold, iou_threshold, max_detections)
 
 
 @torch.no_grad()
@@ -63,22 +63,62 @@ def retinanet_detections(
     As in torchvision: the `max_candidates` top-scoring (anchor, class) pairs of each level above the threshold enter
     NMS together; `max_detections` of all classes remain.
     """
+    classes, levels = outputs["logits"].shape[2], []
+    parts = (x.split(level_sizes, 1) for x in (outputs["logits"], outputs["offsets"], anchors[None]))
+    for logits, offsets, level_anchors in zip(*parts):
+        logits = logits.flatten(1)  # [B,A*K]
+        logits, pair = logits.topk(min(max_candidates, logits.shape[1]), dim=1)
+        anchor = pair // classes
+        boxes = decode(_rows(offsets, anchor), level_anchors[0][anchor], box_weights)
+        levels.append((boxes, logits.float().sigmoid(), pair % classes))
+    boxes, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels))  # [B,n,4], [B,n], [B,n]
+    boxes = torch.stack([clip_boxes_to_image(*image) for image in zip(boxes, shapes, strict=True)])
+    return _detections(boxes, scores, labels, score_threshold, iou_threshold, max_detections)
+
+
+def _detections(boxes, scores, labels, score_threshold, iou_threshold, max_detections):
+    """Candidates [B,n,4], [B,n], [B,n] -> detections: at most `max_detections` of each image after NMS."""
+    keep = suppress(boxes, scores, labels, scores > score_threshold, iou_threshold)
+    scores, index = scores.masked_fill(~keep, -1).topk(min(max_detections, scores.shape[1]), dim=1)
+    columns = [_rows(boxes, index), scores[..., None], labels.gather(1, index)[..., None].float()]
     detections = []
-    for logits, offsets, shape in zip(outputs["logits"], outputs["offsets"], shapes, strict=True):
-        levels = zip(*(x.split(level_sizes) for x in (logits, offsets, anchors)))
-        candidates = [topk_candidates(*level, box_weights, score_threshold, max_candidates) for level in levels]
-        boxes, scores, labels = (torch.cat(parts) for parts in zip(*candidates))
-        boxes = clip_boxes_to_image(boxes, shape)
-        keep = batched_nms(boxes, scores, labels, iou_threshold)[:max_detections]
-        detections.append({"boxes": boxes[keep], "labels": labels[keep], "scores": scores[keep]})
+    for rows in torch.cat(columns, -1).cpu():  # one copy for all
+        rows = rows[rows[:, 4] >= 0]
+        detections.append({"boxes": rows[:, :4], "labels": rows[:, 5].long(), "scores": rows[:, 4]})
     return detections
 
 
-def topk_candidates(logits, offsets, anchors, box_weights, score_threshold, max_candidates):
-    """(boxes [N,4], scores [N], labels [N]) of a level's top-scoring (anchor, class) pairs, N <= max_candidates."""
-    scores = logits.float().sigmoid().flatten()  # [A*K]
-    pairs = torch.where(scores > score_threshold)[0]
-    scores, top = scores[pairs].topk(min(max_candidates, len(pairs)))
-    pairs = pairs[top]
-    anchor = pairs // logits.shape[-1]
-    return decode(offsets[anchor], anchors[anchor], box_weights), scores, pairs % logits.shape[-1]
+def suppress(boxes, scores, labels, valid, iou_threshold):
+    """Non-maximum suppression within each class of each image: bool [B,n], the boxes that are kept.
+
+    boxes  [B,n,4] xyxy, coordinates of at least 0; scores [B,n]; labels int64 [B,n], at least 0
+    valid  bool [B,n], which boxes are candidates
+    """
+    keep = torch.zeros_like(valid)
+    image, row = valid.nonzero(as_tuple=True)
+    if not len(row):
+        return keep
+    boxes, scores, labels = boxes[image, row], scores[image, row], labels[image, row]
+    if boxes.is_cuda and len(row) <= MAX_CANDIDATES:
+        keep.view(-1)[(image * valid.shape[1] + row)[nms_of_groups(boxes, scores, labels, image, iou_threshold)]] = True
+        return keep
+    counts = image.bincount(minlength=len(valid)).tolist()
+    for of_image, *candidates in zip(keep, *(x.split(counts) for x in (row, boxes, scores, labels))):
+        index, *candidates = candidates
+        of_image[index[batched_nms(*candidates, iou_threshold)]] = True
+    return keep
+
+
+def nms_of_groups(boxes, scores, labels, image, iou_threshold):
+    """torchvision's `nms` in one call for boxes [n,4] of several classes and images; returns the indices it keeps.
+
+    Boxes of different groups are moved apart, as in `batched_nms`. In float64 that changes no IoU.
+    """
+    side = boxes.max() + 1
+    group = image * (labels.max() + 1) + labels
+    return nms(boxes.double() + (group * side.double())[:, None], scores.double(), iou_threshold)
+
+
+def _rows(values, index):
+    """values [B,n,C] at index [B,m] -> [B,m,C]."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

@@ -7,8 +7,9 @@ B batch, A anchors, N proposals or candidates per image, K classes.
 """
 
 import torch
-from torchvision.ops import batched_nms, clip_boxes_to_image, nms
+from torchvision.ops import clip_boxes_to_image
 
+from ops import nms
 from ops.boxes import decode
 
 MAX_CANDIDATES = 8192  # per image that enter the NMS of `select_detections`
@@ -34,7 +35,7 @@ def select_proposals(objectness, deltas, anchors, shapes, level_sizes, before_nm
     boxes = clip(decode(take(deltas, top), anchors[top], (1.0, 1.0, 1.0, 1.0)), shapes)
     scores = take(objectness, top).float().sigmoid()
     scores = scores.masked_fill(~(is_large(boxes, min_size) & (scores >= 0)), -1)
-    scores, best = suppress(boxes, scores, group, iou_threshold, after_nms)
+    scores, best = best_after_nms(boxes, scores, group, iou_threshold, after_nms)
     if not scores.is_cuda:  # the number is known at no cost: no heads for rows that are padding in every image
         best = best[:, : int((scores >= 0).sum(1).max())]
     return take(boxes, best).masked_fill(scores[:, : best.shape[1], None] < 0, 0)
@@ -58,7 +59,7 @@ def select_detections(logits, offsets, proposals, shapes, weights, score_thresho
     offsets = take(offsets.unflatten(-1, (-1, 4)).flatten(1, 2), proposal * (classes + 1) + label + 1)
     boxes = clip(decode(offsets, take(proposals, proposal), weights), shapes)
     scores = scores.masked_fill(~((scores > score_threshold) & is_large(boxes, 1e-2)), -1)
-    scores, best = suppress(boxes, scores, label, iou_threshold, max_detections)
+    scores, best = best_after_nms(boxes, scores, label, iou_threshold, max_detections)
     return take(boxes, best), scores, take(label, best)
 
 
@@ -89,37 +90,27 @@ def highest(scores, limit):
     return scores[:, :limit], index[:, :limit]
 
 
-def suppress(boxes, scores, group, iou_threshold, limit):
+def best_after_nms(boxes, scores, group, iou_threshold, limit):
     """NMS in each image and group: (scores [B,n] of those that remain, the best first, -1 padding; their index [B,n]).
 
     boxes [B,N,4], group int64 [B,N]
     scores [B,N]   boxes with a score below 0 suppress none and do not remain
     """
-    nms_masks = one_nms_for_all if boxes.is_cuda else nms_by_image
-    return highest(scores.masked_fill(~nms_masks(boxes, scores, group, iou_threshold), -1), limit)
+    if boxes.is_cuda:
+        keep = nms_without_counting(boxes, scores, group, iou_threshold)
+    else:
+        keep = nms.suppress(boxes, scores, group, scores >= 0, iou_threshold)
+    return highest(scores.masked_fill(~keep, -1), limit)
 
 
-def nms_by_image(boxes, scores, group, iou_threshold):
-    """Which boxes remain, bool [B,N]: torchvision's NMS for each image, which on a GPU waits for it several times."""
-    keep = torch.zeros_like(scores, dtype=torch.bool)
-    for image in range(len(boxes)):
-        index = torch.where(scores[image] >= 0)[0]
-        inputs = (x[image, index] for x in (boxes, scores, group))
-        keep[image, index[batched_nms(*inputs, iou_threshold)]] = True
-    return keep
-
-
-def one_nms_for_all(boxes, scores, group, iou_threshold):
-    """The same for a GPU, by one call of NMS for as many images as it has memory for.
-
-    Images and groups are moved apart, in float64: the IoU of two boxes must not depend on how far they were moved.
-    """
+def nms_without_counting(boxes, scores, group, iou_threshold):
+    """The boxes that are kept, bool [B,N]: all images in one call of NMS, if a GPU has the memory. It waits once."""
     parts = -(-scores.numel() // MAX_PAIRED)
     if parts > 1 and len(scores) > 1:
         parts = zip(*(x.chunk(parts) for x in (boxes, scores, group)))
-        return torch.cat([one_nms_for_all(*part, iou_threshold) for part in parts])
-    groups = group + (group.amax() + 1) * torch.arange(len(group), device=group.device)[:, None]
-    boxes = boxes.double().masked_fill(scores[..., None] < 0, 0)  # may be NaN
-    boxes = boxes + (groups * (boxes.amax() + 1))[..., None]
-    keep = nms(boxes.flatten(0, 1), scores.flatten().double(), iou_threshold)
+        return torch.cat([nms_without_counting(*part, iou_threshold) for part in parts])
+    boxes = boxes.masked_fill(scores[..., None] < 0, 0)  # may be NaN
+    image = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(group)
+    flat = (x.flatten(0, 1) for x in (boxes, scores, group, image))
+    keep = nms.nms_of_groups(*flat, iou_threshold)
     return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, keep, True).view(scores.shape)

@@ -9,7 +9,6 @@ import torch
 
 from ops.geometry import apply_affine, corners, decode_depth, project
 from ops.heatmaps import gather_cells, topk_peaks
-from ops.images import normalize
 from ops.rasterize import covered_cells
 from ops.rotation import decode
 
@@ -45,19 +44,21 @@ def pillar_map(radar, calib, affine, size=(112, 200), stride=4, dims=(1.5, 0.2, 
     return paint_rectangles(areas[None], radar[None, visible, 2:5], size)[0]
 
 
-def network_inputs(images, targets, mean, std, device, radar=True, stride=4, dims=(1.5, 0.2, 0.2)):
-    """The inputs of a CenterFusion network on `device`: (images, radar map [B,3,h,w] or None, calib [B,3,4]).
+def network_inputs(targets, size, radar=True, stride=4, dims=(1.5, 0.2, 0.2)):
+    """What a CenterFusion network gets beside the images: {"calib": [B,3,4], "radar_map": [B,3,h,w]}, on the CPU.
 
-    images   uint8 [B,3,H,W] in RGB; returned in BGR, as published, normalized by `mean` and `std` [3]
     targets  B dicts with radar, calib and affine
-    radar    False: no radar map
+    size     (h, w) of the output maps
+    radar    False: no radar_map
     stride, dims  of `pillar_map`
+
+    Not for autocast, which would round the projection of the points to its precision.
     """
-    images = normalize(images.to(device, non_blocking=True).flip(1), mean, std)
-    rows = [[target[name].to(device) for name in ("radar", "calib", "affine")] for target in targets]
-    size = [side // stride for side in images.shape[-2:]]
-    radar_map = torch.stack([pillar_map(*row, size, stride, dims) for row in rows]) if radar else None
-    return images, radar_map, torch.stack([calib for _, calib, _ in rows])
+    inputs = {"calib": torch.stack([target["calib"] for target in targets])}
+    if radar:
+        rows = ([target[name] for name in ("radar", "calib", "affine")] for target in targets)
+        inputs["radar_map"] = torch.stack([pillar_map(*row, size, stride, dims) for row in rows])
+    return inputs
 
 
 def depth_tolerance(dims, alpha, x, calib, threshold="published"):
@@ -97,11 +98,11 @@ def associate(radar_map, boxes, depth, tolerance, area=AREA, max_distance=60.0, 
         inside &= valid[..., None]
     nearest, index = torch.where(inside, distance, torch.inf).min(-1)  # [B,N]
     values = returns.gather(1, index[..., None].expand(-1, -1, 3))  # [B,N,3]
-    values = values / values.new_tensor([max_distance, 1, 1])
+    values = torch.cat([values[..., :1] / max_distance, values[..., 1:]], dim=-1)
     center, half = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) * (area / 2)
     # mrnabati/CenterFusion truncates both corners with int() and writes one column more than rows.
     first, last = (center - half).trunc(), (center + half).trunc()
-    end = last + last.new_tensor([2, 1])
+    end = torch.stack([last[..., 0] + 2, last[..., 1] + 1], dim=-1)
     areas = torch.cat([first, torch.where(nearest.isfinite()[..., None], end, first)], dim=-1)
     return paint_rectangles(areas, values, radar_map.shape[-2:])
 
@@ -131,20 +132,28 @@ def vertical_runs(radar_map):
     """The runs of returns in a radar map [B,3,h,w]: (values [B,R,3], columns, first rows, last rows, float [B,R] each).
 
     A run is adjacent cells of one column with the same values: one for each column of a pillar, so there are many times
-    fewer runs than cells. R is the maximum over images, at least 1; padding has depth 0.
+    fewer runs than cells. R is the maximum over images, at least 1; padding has depth 0. A GPU is waited for once, for
+    R.
     """
-    image, column, row = (radar_map[:, 0] > 0).mT.nonzero(as_tuple=True)  # column after column
-    values = radar_map[image, :, row, column]
-    begins = torch.ones_like(row, dtype=torch.bool)
-    begins[1:] = (column.diff() != 0) | (row.diff() != 1) | (image.diff() != 0) | (values.diff(dim=0) != 0).any(1)
-    start = begins.nonzero()[:, 0]
-    end = torch.cat([start, start.new_tensor([len(row)])])[1:]
-    first, last = row[start], row[end - 1]
-    image, column, values = image[start], column[start], values[start]
-    counts = image.bincount(minlength=len(radar_map))
-    number = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]  # within the image
-    runs = radar_map.new_zeros(len(radar_map), max(1, int(counts.max())), 6)
-    runs[image, number] = torch.cat([values, torch.stack([column, first, last], 1).to(values.dtype)], 1)
+    batch, _, height, width = radar_map.shape
+    columns = radar_map.mT  # [B,3,w,h]: a column's cells follow each other
+    is_return = columns[:, 0] > 0  # [B,w,h]
+    continues = torch.zeros_like(is_return)
+    continues[..., 1:] = is_return[..., 1:] & (columns.diff(dim=-1) == 0).all(1)
+    begins, ends = is_return & ~continues, is_return.clone()
+    ends[..., :-1] &= ~continues[..., 1:]
+    number = begins.flatten(1).cumsum(1) - 1  # of the run that a cell is in
+    count = max(1, int(number.amax()) + 1)
+    column = torch.arange(width, device=radar_map.device)[:, None].expand(width, height).to(columns.dtype)
+    row = torch.arange(height, device=radar_map.device).expand(width, height).to(columns.dtype)
+    runs = radar_map.new_zeros(batch, 6, count + 1)  # the last takes what is in no run
+    for is_end, fields, values in (
+        (begins, slice(0, 5), torch.cat([columns, torch.stack([column, row]).expand(batch, -1, -1, -1)], 1)),
+        (ends, slice(5, 6), row.expand(batch, 1, width, height)),
+    ):
+        index = number.masked_fill(~is_end.flatten(1), count)[:, None].expand(-1, values.shape[1], -1)
+        runs[:, fields].scatter_(2, index, values.flatten(2))
+    runs = runs[..., :count].mT
     return runs[..., :3], *runs[..., 3:].unbind(-1)
 
 

@@ -4,22 +4,20 @@ import torch
 
 
 @torch.no_grad()
-def covered_cells(areas, size, device=None):
+def covered_cells(areas, size):
     """The cells that rectangles cover, rectangle after rectangle, row by row.
 
     areas   int64 [N,4]: left, top, right, bottom in cells, the last two exclusive; clipped to the map. N may be 0
     size    (h, w) of the map
-    device  of the results, None: that of areas. With areas on the CPU, a GPU need not be waited for
 
     Returns four int64 tensors: box [L] (0 to N - 1) and row [L] of each line, the part of a row that a rectangle
     covers; then line [C] (0 to L - 1) and column [C] of each cell. A cell under several rectangles is repeated.
     """
-    device = device or areas.device
     low = areas[:, :2].clamp(min=0)
-    sides = (areas[:, 2:].minimum(areas.new_tensor([size[1], size[0]])) - low).clamp(min=0)  # [N,2] columns, rows
+    end = torch.stack([areas[:, 2].clamp(max=size[1]), areas[:, 3].clamp(max=size[0])], dim=1)
+    sides = (end - low).clamp(min=0)  # [N,2] columns, rows
     num_lines = torch.where(sides[:, 0] > 0, sides[:, 1], 0)  # [N]
-    lines, cells = int(num_lines.sum()), int((sides[:, 0] * num_lines).sum())
-    low, sides, num_lines = (x.to(device, non_blocking=True) for x in (low, sides, num_lines))
+    lines, cells = torch.stack([num_lines.sum(), (sides[:, 0] * num_lines).sum()]).tolist()  # a GPU is waited for once
     box, offset = _repeat_index(num_lines, lines)
     row = low[box, 1] + offset
     line, offset = _repeat_index(sides[box, 0], cells)

@@ -32,6 +32,6 @@ def decode(rot):
     bin with the higher logit of "inside".
     """
     bins = rot.unflatten(-1, (2, 4))
-    angles = wrap(torch.atan2(bins[..., 2], bins[..., 3]) + rot.new_tensor(BIN_CENTERS))  # [...,2]
+    residual = torch.atan2(bins[..., 2], bins[..., 3])  # [...,2]
     first = bins[..., 0, 1] > bins[..., 1, 1]
-    return torch.where(first, angles[..., 0], angles[..., 1])
+    return wrap(torch.where(first, residual[..., 0] + BIN_CENTERS[0], residual[..., 1] + BIN_CENTERS[1]))

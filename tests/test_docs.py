@@ -4,9 +4,12 @@ import ast
 import importlib
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import synthetic
 from benchmarks import __main__ as benchmarks
@@ -22,9 +25,14 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 PARSERS = {"synthetic": synthetic.parse_args, "benchmarks": benchmarks.parse_args}
 
 
+def lines_of(text):
+    """The lines of a text, those that end with a backslash joined with the next."""
+    return re.sub(r"\\\n\s*", "", text).splitlines()
+
+
 def commands(text):
     """Command lines of this project in a text; not those with placeholders, and not those of other programs."""
-    lines = [line.removeprefix("$").lstrip("# ").strip() for line in text.replace(".venv/bin/", "").splitlines()]
+    lines = [line.removeprefix("$").lstrip("# ").strip() for line in lines_of(text.replace(".venv/bin/", ""))]
     return [words for line in lines for words in COMMAND.findall(line) if "..." not in words and "LAYOUT" not in words]
 
 
@@ -64,6 +72,30 @@ def test_the_commands_are_seen():
     scripts = {words.removeprefix("-m ").split()[0] for words in readme}
     assert scripts >= {"train_backbone.py", "train_retinanet.py", "train_ssd.py", "train_maskrcnn.py", "predict.py"}
     assert scripts >= {"train_centerfusion.py", "synthetic"}
+
+
+def test_commands_for_several_machines_are_seen():
+    assert commands('srun torchrun --rdzv-id "$ID" \\\n    train_ssd.py --data d \\\n  --lr 1\nls') == [
+        "train_ssd.py --data d --lr 1"
+    ]
+    assert commands("docker run --rm image \\\n  python train_ssd.py --lr 1") == ["train_ssd.py --lr 1"]
+    lines = lines_of((ROOT / "docs" / "training.md").read_text())
+    for start in ("srun torchrun ", "torchrun --nnodes ", "docker run "):
+        found = [words for line in lines if line.startswith(start) for words in commands(line)]
+        assert found and all("--resume auto" in words for words in found), start
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES, *SCRIPTS], ids=lambda page: page.name)
+def test_torchrun_accepts_its_flags(page):
+    for line in lines_of(page.read_text()):
+        for words in re.findall(r"torchrun (--[^`]*?train_\w+\.py)", line):
+            get_args_parser().parse_args(shlex.split(words))
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
+def test_shell_scripts_have_no_syntax_errors():
+    (script,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 def test_readme_is_short():

@@ -1,15 +1,34 @@
-"""What the scripts do with tensors on a GPU: no operation on two devices, and how often they wait for it."""
+"""What the programs do with tensors on a GPU: no operation on two devices, and how often they wait for it."""
 
 import pytest
+import torch
 
+import models
+import predict
+from models import onnx
 from tests import fake_cuda
+from tests.export_helpers import generated_images, randomize
 from tests.script_helpers import Script
-from training import run_folder
+from training import checkpoint, run_folder
 from training.logger import Logger
 
 RUN = ["--device", "cuda", "--max-steps", 3, "--batch-size", 2, "--log-every", 99, "--validation-epochs", 99]
 # How often a training step and a batch of an evaluation wait for the GPU, at most; the first of each may fill caches.
-WAITS = {"backbone": (2, 6), "ssd": (3, 99), "retinanet": (3, 99), "maskrcnn": (4, 3)}
+WAITS = {"backbone": (0, 3), "ssd": (0, 3), "retinanet": (0, 3), "centerfusion": (0, 3), "maskrcnn": (2, 3)}
+
+
+MORE = {"ssd": ["--validation-mean-ap"], "centerfusion": ["--flip-test"]}
+SIZES = {  # network -> size of its images in predict.py
+    "resnet18": {"image_size": (32, 32)},
+    "mb1-ssd": {"image_size": (96, 96)},
+    "retinanet_resnet18": {"min_side": 64, "max_side": 96},
+    "centerfusion_resnet18": {"image_size": (64, 128)},
+}
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    fake_cuda.install(monkeypatch)
 
 
 @pytest.fixture(params=WAITS)
@@ -19,7 +38,6 @@ def script(request, drawn):
 
 @pytest.mark.slow
 def test_waits_of_training_and_evaluation(script, tmp_path, monkeypatch):
-    fake_cuda.install(monkeypatch)
     monkeypatch.setattr(run_folder, "save", lambda *args, **options: None)  # it reads all weights
     steps, batches = [], []
     with fake_cuda.FakeCuda() as gpu:
@@ -37,7 +55,43 @@ def test_waits_of_training_and_evaluation(script, tmp_path, monkeypatch):
             "evaluate",
             lambda net, loader, *args, **options: evaluate(net, counted(loader, batches), *args, **options),
         )
-        script.main(tmp_path, *RUN)
+        script.main(tmp_path, *RUN, *MORE.get(script.name, []))
     of_step, of_batch = steps[1], batches[1]  # the last step also logs and validates
     assert len(of_step) <= WAITS[script.name][0], "\n".join(of_step)
     assert len(of_batch) <= WAITS[script.name][1], "\n".join(of_batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_predict(name, drawn, tmp_path, monkeypatch):
+    net = models.build(name, 10 if "centerfusion" in name else 3)
+    net.classes = [f"class {label}" for label in range(net.num_classes)]
+    if net.name == "retinanet":
+        randomize(net, (64, 96))
+    checkpoint.write(tmp_path / "net.pt", {**models.describe(net, **SIZES[name]), "model": net})
+    images = drawn("centerfusion") if "centerfusion" in name else drawn("ssd") / "JPEGImages"
+    batches = []
+    with fake_cuda.FakeCuda() as gpu:
+        original = predict.batches
+
+        def counted(items, size):
+            for batch in original(items, size):
+                before = len(gpu.waits)
+                yield batch
+                batches.append(gpu.waits[before:])
+
+        monkeypatch.setattr(predict, "batches", counted)
+        words = [tmp_path / "net.pt", images, "--out", tmp_path / "out", "--device", "cuda", "--threshold", 0.02]
+        predict.main([*map(str, words), "--batch-size", "2", "--samples", "4"])
+    assert len(batches) > 2
+    assert len(batches[1]) <= 3, "\n".join(batches[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mb1-ssd", "retinanet_resnet18"])
+def test_graphs_of_export(name):
+    size = (64, 96)
+    with fake_cuda.FakeCuda(), torch.no_grad():
+        graph = onnx.graph(models.build(name, 3), size, with_nms=name != "resnet18").to("cuda").eval()
+        outputs = graph(generated_images(size, 2).float().to("cuda"))
+        assert all(output.is_cuda for output in outputs)

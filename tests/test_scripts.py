@@ -11,7 +11,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
-from tests.script_helpers import FLAGS, Script, copy_writable, fingerprint, finish, last, launch, log_lines, wait_for
+from tests import two_processes
+from tests.script_helpers import FLAGS, Script, copy_writable, fingerprint, last, launch, log_lines, wait_for
 from training.meter import NonFiniteLoss
 from utils.errors import DataError, UsageError
 
@@ -177,16 +178,35 @@ def without_most_objects(name, source, target):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(script, tmp_path):
+    """They start from other weights, buffers and seeds; those of process 0 count."""
     data = without_most_objects(script.name, script.data, tmp_path / "data")
-    more = ["--max-steps", 3, *COMPARABLE[script.name].split()]
-    process = script.launch(tmp_path / "two", *more, data=data, processes=2)
-    script.main(tmp_path / "one", *more, data=data)
-    finish(process)
-    torch.testing.assert_close(last(tmp_path / "two")["model"], last(tmp_path / "one")["model"], rtol=1e-4, atol=1e-5)
-    one, two = log_lines(tmp_path / "one")[-1], log_lines(tmp_path / "two")[-1]
-    assert one.keys() == two.keys()
-    for tag in one:
-        assert two[tag] == pytest.approx(one[tag], rel=1e-3, abs=1e-4), tag
+    frozen = ["--max-steps", 3, *COMPARABLE[script.name].split()]
+    whole = {"plain": frozen, "parts": [*frozen, "--accumulate", 2, "--ema", 0.9, "--batch-size", 4]}
+    trained = ["--max-steps", 3, "--no-freeze-bn", "--validation-epochs", 99]  # batch norm differs from one process's
+    jobs = [(name, more, True) for name, more in whole.items()]
+    jobs += [(f"differ {differ}", [*frozen, *trained], differ) for differ in (True, False)]
+    out = {name: tmp_path / name for name, _, _ in jobs}
+    common = {"name": script.name}
+    two_processes.run(
+        [
+            {**common, "out": out[name], "differ": differ, "words": script.words(out[name], *more, data=data)}
+            for name, more, differ in jobs
+        ]
+    )
+    for name, more in whole.items():
+        script.main(tmp_path / "one" / name, *more, data=data)
+        one, two = last(tmp_path / "one" / name), last(out[name])
+        torch.testing.assert_close(two["model"], one["model"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two["ema"], one["ema"], rtol=1e-4, atol=1e-5)
+        first, second = (torch.load(out[name] / f"rank_{rank}.pt") for rank in range(2))
+        torch.testing.assert_close(second, first, rtol=0, atol=0)
+        lines = [log_lines(folder)[-1] for folder in (tmp_path / "one" / name, out[name])]
+        assert lines[0].keys() == lines[1].keys()
+        for tag, value in lines[0].items():
+            assert lines[1][tag] == pytest.approx(value, rel=1e-3, abs=1e-4), tag
+    assert fingerprint(out["differ True"]) == fingerprint(out["differ False"])
+    first, second = (torch.load(out["differ True"] / f"rank_{rank}.pt")["parameters"] for rank in range(2))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
 
 
 @pytest.mark.slow

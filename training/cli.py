@@ -139,7 +139,8 @@ def run(main: Callable[[], object]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if error.is_printed:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -170,6 +171,11 @@ def number(kind: type, min_: float, below: float | None = None, max_: float | No
 
 count, positive = number(int, 0), number(int, 1)
 non_negative, probability = number(float, 0), number(float, 0, max_=1)
+
+
+def auto_count(text: str) -> int | None:
+    """A `type=` for numbers that the program can choose: None for auto."""
+    return None if text == "auto" else count(text)
 
 
 def numbers(text: str) -> list[float]:
@@ -218,7 +224,13 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--gpus", default="", metavar="0,1", help="several GPUs in one process (DataParallel); see also torchrun")
     arg("--compile", action="store_true", help="compile the network with torch.compile")
     arg("--sync-bn", action="store_true", help="synchronize batch norm over all processes (torchrun, GPUs)")
-    arg("--workers", "--num-workers", type=count, default=2, help="data loading processes")
+    workers = "data loading processes of each process; auto: by the number of CPU cores"
+    arg("--workers", "--num-workers", type=auto_count, default="auto", metavar="auto|N", help=workers)
+    exact = (
+        "kernels that give the same bits in every run, so that a resume is exact; slower on a GPU. Default: on, but "
+    )
+    exact += "off for Mask R-CNN and DLA-34 on a GPU, which cannot"
+    arg("--deterministic", action=argparse.BooleanOptionalAction, help=exact)
 
     arg = parser.add_argument_group("training").add_argument
     arg("--epochs", "--num-epochs", type=positive, default=30, help="passes over the training set")
@@ -272,7 +284,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
 def add_device_arguments(arg: Callable) -> None:
     """Declare --device and --precision with `arg`, the add_argument of a parser or group."""
     arg("--device", default="auto", help="auto, cpu, cuda, or one GPU such as cuda:1")
-    precision = "precision of the forward pass; auto: bf16 on a GPU that computes in it natively, else fp32"
+    precision = "precision of the forward pass; auto: bf16 where the GPU or CPU computes in it natively, else fp32"
     arg("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precision)
 
 

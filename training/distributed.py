@@ -9,22 +9,35 @@ import argparse
 import os
 import random
 import re
+import socket
+import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_WORKERS = 16  # of --workers auto: more take memory and are rarely faster
+# Start of an architecture's name -> why no setting makes it deterministic on a GPU
+NOT_DETERMINISTIC = {
+    "maskrcnn": "the gradient of RoIAlign on a GPU is added in any order",
+    "centerfusion_dla34": "the gradient of deformable convolutions on a GPU is added in any order",
+}
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+STEP_TIMEOUT = timedelta(minutes=30)  # for the other processes to join a collective of the training step
+WAIT_TIMEOUT = timedelta(hours=24)  # the same for `Run.gather`: one process may read or score a whole data set before
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,8 @@ class Run:
     precision: torch.dtype  # of the forward pass under autocast: float32, bfloat16 or float16
     scaler: torch.amp.GradScaler  # disabled except for float16
     seed: int
+    waiting: dist.ProcessGroup | None = None  # gloo with WAIT_TIMEOUT; None with one process
+    inexact: str = ""  # why a resumed run may differ from an uninterrupted one in the last bits; "": it does not
 
     @property
     def is_main(self) -> bool:
@@ -82,9 +97,21 @@ class Run:
             # This copies rank 0's parameters and buffers to all processes. After that, each forward starts from rank
             # 0's running statistics: rank 0 writes the checkpoint, so a resumed run sees what the uninterrupted one
             # saw. Frozen statistics stay equal, and writing to them would break a second forward before the backward.
-            net = nn.parallel.DistributedDataParallel(net, device_ids=list(self.gpus) or None)
+            gpus = list(self.gpus) or None
+            net = nn.parallel.DistributedDataParallel(net, device_ids=gpus, gradient_as_bucket_view=True)
             net.broadcast_buffers = any(norm.training and norm.track_running_stats for norm in norms)
         return torch.compile(net) if compile else net
+
+    def sync_last(self, wrapped: nn.Module, parts: Iterable[Part]) -> Iterator[Part]:
+        """Yield the micro-batches `parts` of a batch; processes exchange gradients in the last backward pass only.
+
+        wrapped: of `wrap`
+        """
+        parts = list(parts)
+        for part in parts[:-1]:
+            with wrapped.no_sync() if self.world_size > 1 else nullcontext():
+                yield part
+        yield from parts[-1:]
 
     def mean(self, value: float | torch.Tensor) -> torch.Tensor:
         """Mean of a number or tensor (any shape) over the processes: a float tensor without gradient, same shape."""
@@ -106,10 +133,10 @@ class Run:
         return int(tensor)
 
     def gather(self, value: Any) -> list:
-        """The `value` (any picklable object) of every process, in rank order."""
+        """The `value` (any picklable object) of every process, in rank order; waits up to WAIT_TIMEOUT."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.waiting)
         return values
 
     def set_eval_mode(self, net: nn.Module) -> None:
@@ -123,12 +150,34 @@ class Run:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """`with run.main_first():` the main process runs the block, then the others, which can read what it cached."""
-        if self.world_size > 1 and not self.is_main:
-            dist.barrier()
-        yield
-        if self.world_size > 1 and self.is_main:
-            dist.barrier()
+        """`with run.main_first():` the main process runs the block, then the first one of each other machine, then the
+        rest, so that they can read what it cached. Errors are raised as `raise_in_all` does."""
+        turn = 0 if self.is_main else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+        for now in range(3):
+            with self.raise_in_all():
+                if now == turn:
+                    yield
+
+    @contextmanager
+    def raise_in_all(self) -> Iterator[None]:
+        """`with run.raise_in_all():` waits until every process has left the block. A UserError in one is raised in all,
+        and printed once per machine; any other exception ends the others with exit code 1."""
+        error = reason = None
+        try:
+            yield
+        except Exception as raised:
+            error, reason = raised, str(raised) if isinstance(raised, UserError) else ""
+        hosts, reasons = zip(*self.gather((socket.gethostname(), reason)))
+        rank = next((rank for rank, reason in enumerate(reasons) if reason is not None), None)
+        if rank is None:
+            return
+        if error is None:
+            if not reasons[rank]:
+                raise SystemExit(1)  # the other process prints its traceback
+            error = UsageError(f"process {rank} on {hosts[rank]}: {reasons[rank]}" if rank else reasons[rank])
+        if isinstance(error, UserError) and self.world_size > 1:
+            error.is_printed = os.environ.get("LOCAL_RANK", "0") == "0"
+        raise error
 
     def close(self) -> None:
         """Leave the process group."""
@@ -149,8 +198,24 @@ class _Autocast(nn.Module):
 
 
 def init(args: argparse.Namespace) -> Run:
-    """`init_device` with the flags of training.cli; UsageError also if a batch cannot be split evenly."""
+    """`init_device` with the flags of training.cli, of which --workers auto and --deterministic get their values.
+
+    UsageError also if a batch cannot be split evenly.
+    """
     run = init_device(args.device, args.gpus, args.precision, args.seed)
+    on_gpu, inexact = run.device.type == "cuda", why_inexact(run, args)
+    if args.deterministic is None:
+        args.deterministic = not (on_gpu and args.arch.startswith(tuple(NOT_DETERMINISTIC)))
+    if not args.deterministic:
+        # Input sizes that change would have their kernels timed again and again
+        set_deterministic(False, fixed_size="min_side" not in args)
+    run = replace(run, inexact=inexact)
+    if args.workers is None:
+        args.workers, reason = choose_workers(run.device)
+        run.print(f"--workers {args.workers}: {reason}")
+    idle = idle_gpus(args, run.world_size)
+    if idle:
+        run.print(idle)
     gpus = max(1, len(run.gpus))
     parts = run.world_size * gpus * args.accumulate
     if args.batch_size % parts:
@@ -176,16 +241,84 @@ def init_device(device: str = "auto", gpus: str = "", precision: str = "auto", s
     dtype = _choose_precision(precision, chosen)
     if world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # one process may score while the rest wait
+        _check_restarts(rank)
+        dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+    waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT) if world_size > 1 else None
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = False  # it picks kernels by timing them: another run may pick others
-    torch.backends.cudnn.deterministic = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes no result of ours
+    set_deterministic(True)
     scaler = torch.amp.GradScaler(chosen.type, enabled=dtype == torch.float16)
-    return Run(chosen, rank, world_size, numbers, dtype, scaler, seed)
+    return Run(chosen, rank, world_size, numbers, dtype, scaler, seed, waiting)
+
+
+def _check_restarts(rank):
+    """Warn if torchrun will restart processes and keeps their store: they would read the addresses of dead ones there
+    (https://github.com/pytorch/pytorch/issues/135712)."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if rank == 0 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        warnings.warn(
+            f"torchrun --max-restarts {restarts} may fail to restart; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment and use --standalone or --rdzv-backend c10d",
+            stacklevel=3,
+        )
+
+
+def set_deterministic(on: bool, fixed_size: bool = False) -> None:
+    """--deterministic: kernels that give the same bits in every run. Without it a GPU may use faster ones, and TF32 for
+    float32.
+
+    fixed_size   all images have one size: cuDNN may then time its kernels and pick the fastest
+    """
+    torch.backends.cudnn.benchmark = fixed_size and not on
+    torch.backends.cudnn.deterministic = on
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not on
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and changes no result of ours
+
+
+def why_inexact(run: Run, args: argparse.Namespace) -> str:
+    """Why a resumed run may differ from an uninterrupted one in the last bits; "" if it does not."""
+    if run.world_size > 2:
+        return "more than two processes add gradients in another order in the first step after a resume"
+    if run.device.type != "cuda":
+        return ""
+    for name, reason in NOT_DETERMINISTIC.items():
+        if args.arch.startswith(name):
+            return reason
+    if args.deterministic is False:
+        return "--no-deterministic lets the GPU add in any order"
+    if args.arch in ("vgg16", "vgg16_bn") and args.resolution % 224:
+        return "on a GPU, the gradient of adaptive pooling has a fixed order only for sizes that are multiples of 224"
+    return ""
+
+
+def cores() -> int:
+    """The number of CPU cores that this process may use: those of its affinity mask, within its container's limit."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, *period = limit.read_text().split() if limit.is_file() else ["max"]
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period[0])))
+
+
+def choose_workers(device: torch.device) -> tuple[int, str]:
+    """(data loading processes of this process, the reason), for --workers auto."""
+    processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), cores()
+    shared = f"{count} cores" + (f" for {processes} processes" if processes > 1 else "")
+    if device.type == "cuda":
+        return max(1, min(MAX_WORKERS, count // processes)), f"{shared}, at most {MAX_WORKERS}"
+    return max(1, min(2, count // processes)), f"{shared}, which the network on the CPU needs too"
+
+
+def idle_gpus(args: argparse.Namespace, world_size: int) -> str:
+    """A line about GPUs that this run does not use, "" if there are none."""
+    if args.device not in ("auto", "cuda") or args.gpus or world_size > 1 or not torch.cuda.is_available():
+        return ""
+    count, script = torch.cuda.device_count(), os.path.basename(sys.argv[0])
+    if count < 2:
+        return ""
+    command = f"torchrun --nproc-per-node {count} {script} ..."
+    return f"{count} GPUs are visible, 1 is used: {command} uses all, --device cuda:0 only this one"
 
 
 def synchronize(device: torch.device) -> None:
@@ -258,6 +391,8 @@ def _choose_precision(precision, device):
         raise UsageError(f"--precision {precision}: use auto, {', '.join(DTYPES)}")
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = native or any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
         return torch.bfloat16 if native else torch.float32
     if precision == "bf16" and device.type == "cuda" and not native:
         raise UsageError(

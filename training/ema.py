@@ -17,19 +17,20 @@ class Ema:
     def __init__(self, net: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
         self.averages = {}  # name in net.state_dict() -> tensor
-        for name, value in net.state_dict().items() if decay else ():
+        self._values = dict(net.state_dict()) if decay else {}  # the tensors of the network; made once, as it is slow
+        for name, value in self._values.items():
             dtype = torch.float32 if value.is_floating_point() else value.dtype
             self.averages[name] = value.detach().to(dtype, copy=True)
 
     @torch.no_grad()
-    def update(self, net: nn.Module) -> None:
-        """Move the averages one step toward the current weights of `net`."""
+    def update(self) -> None:
+        """Move the averages one step toward the current weights of the network."""
         if not self.decay:
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         averages, values = [], []
-        for name, value in net.state_dict().items():
+        for name, value in self._values.items():
             if value.is_floating_point():
                 averages.append(self.averages[name])
                 values.append(value.float())
@@ -38,15 +39,14 @@ class Ema:
         torch._foreach_lerp_(averages, values, 1 - decay)
 
     @contextmanager
-    def applied(self, net: nn.Module) -> Iterator[None]:
-        """`with ema.applied(net):` the network has the averages, and after it exactly the weights it had before."""
-        weights = net.state_dict() if self.decay else {}
-        saved = {name: value.clone() for name, value in weights.items()}
-        _copy(self.averages, weights)
+    def applied(self) -> Iterator[None]:
+        """`with ema.applied():` the network has the averages, and after it exactly the weights it had before."""
+        saved = {name: value.clone() for name, value in self._values.items()}
+        _copy(self.averages, self._values)
         try:
             yield
         finally:
-            _copy(saved, weights)
+            _copy(saved, self._values)
 
     def state_dict(self) -> dict:
         """{"updates": int, "model": {name: tensor}}; the model part loads into the network. {} with decay 0."""

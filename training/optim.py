@@ -43,10 +43,12 @@ def build(
             if params:
                 group = {"params": params, "name": f"{part} {kind}", "weight_decay": decay}
                 groups.append({**group, "base_lr": rate, "lr": rate})
+    on_gpu = any(parameter.is_cuda for group in groups for parameter in group["params"])
+    options = {"fused": True} if on_gpu else {}  # one kernel per step
     if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=args.momentum)
+        optimizer = torch.optim.SGD(groups, momentum=args.momentum, **options)
     else:
-        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer](groups)
+        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer](groups, **options)
     if args.preflight:
         allocate_state(optimizer)
     return optimizer

@@ -6,7 +6,12 @@ RUN/metrics.jsonl  flags.json  versions.json  events.out.tfevents.*
 """
 
 import argparse
+import contextlib
 import json
+import os
+import socket
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +33,9 @@ LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 NUMBERED = ("epoch_*.pt", "step_*.pt")  # named by training.plan
 WEIGHTS = "backbone.pt"  # weights alone, see RunFolder.save_weights
 LOGS = ("metrics.jsonl", "nan_report.json", "events.out.tfevents.*")
-RUN_FILES = ("new.pt", LAST, PREVIOUS, BEST, WEIGHTS, *NUMBERED, "*.pt.tmp", "*.pt.damaged", *LOGS)
+SHARED = ".shared_"  # beginning of the name of a file that exists while open_run looks whether all processes see it
+SHARED_SECONDS = 5  # time for it to appear on the other machines
+RUN_FILES = ("new.pt", LAST, PREVIOUS, BEST, WEIGHTS, *NUMBERED, "*.pt.tmp", "*.pt.damaged", f"{SHARED}*", *LOGS)
 
 
 class RunFolder:
@@ -70,6 +77,10 @@ class RunFolder:
                 loaded = "averaged weights" if saved["ema"] else "weights"
             step, file = self.progress.step, saved["file"]
             self.run.print(f"resumed epoch {self.progress.epoch} step {step} {loaded} from {file}")
+            if self.run.inexact and not args.eval_only:
+                self.run.print(
+                    f"  later steps may differ from an uninterrupted run in the last bits: {self.run.inexact}"
+                )
             for line in checkpoint.changed_flags(saved["flags"], vars(args)):
                 self.run.print(f"  changed: {line}")
             self.checkpoint = None  # free its tensors
@@ -122,6 +133,7 @@ class RunFolder:
         self, stop: StopSignals, monitor: str, metrics: Mapping[str, float], evaluators: Sequence
     ) -> Mapping[str, float]:
         """The end of training: print the result, return the metrics. SystemExit with code 130 or 143 after a signal."""
+        stop.requested()  # a signal to one process during the last validation ends all of them with its code
         self.run.close()
         progress = self.progress
         if stop.signal and self.args.preflight:
@@ -176,18 +188,57 @@ def open_run(run: Run, folder: Path, resume: str = "", overwrite: bool = False, 
     read_only   neither refuse nor remove anything
 
     A new run, or one that continues another folder's, is refused with a UsageError if `folder` has a run, unless
-    `overwrite`. Every process calls this.
+    `overwrite`. A folder that not all machines share is refused unless `read_only`. Every process calls this, and a
+    refusal is raised in all of them.
     """
-    saved = _open(run, folder, resume, overwrite, read_only)
+    main_place, name = run.gather((f"{folder.absolute()} on {socket.gethostname()}", f"{SHARED}{uuid.uuid4().hex}"))[0]
+    token = None if read_only or run.world_size == 1 else folder / name
+    try:
+        with run.main_first():  # NFS caches for a while that a folder is missing: look for it after it was created
+            if token and not run.is_main:
+                _wait_for(token, main_place)
+            saved, damaged = _find(run, folder, resume, overwrite, read_only)
+            if token and run.is_main:
+                _create(token)
+    finally:
+        if token and run.is_main:
+            with contextlib.suppress(OSError):  # it may not exist
+                token.unlink()
     steps = run.gather(saved["step"] if saved else 0)
-    if len(set(steps)) > 1:
-        raise UsageError(
-            f"{folder}: processes start from different steps {steps}; use a folder that all machines share"
-        )
+    with run.raise_in_all():
+        if len(set(steps)) > 1:
+            raise UsageError(
+                f"{folder}: processes start from different steps {steps}; use a folder that all machines share"
+            )
+    if run.is_main and not read_only:
+        for path in damaged:
+            path.replace(f"{path}.damaged")  # else the next save would make it previous.pt, over the whole one
+        for path in [path for pattern in RUN_FILES for path in folder.glob(pattern)] if overwrite else ():
+            path.unlink()
     return saved
 
 
-def _open(run, folder, resume, overwrite, read_only):
+def _create(token):
+    try:
+        files.write_text(token, "")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"{token.parent}: not writable: {reason}; give another --model-dir") from error
+
+
+def _wait_for(token, main_place):
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not token.exists():
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"{token.parent.absolute()} is not the folder of process 0, {main_place}; "
+                "give a --model-dir on a disk that all machines share"
+            )
+        time.sleep(0.1)
+
+
+def _find(run, folder, resume, overwrite, read_only):
+    """(checkpoint to start from or None, paths of damaged checkpoints in `folder` that are newer); changes nothing"""
     source = folder if resume == "auto" else Path(resume)
     saved, damaged = None, []
     if resume == "auto" or (resume and source.is_dir()):
@@ -197,21 +248,25 @@ def _open(run, folder, resume, overwrite, read_only):
     elif resume:
         saved = checkpoint.read(source)
     if read_only:
-        return saved
+        return saved, []
     if saved and Path(saved["file"]).resolve().parent == folder.resolve():
         if overwrite:
             raise UsageError(f"--overwrite would remove {saved['file']}, which --resume continues; give one of them")
-        for path in damaged if run.is_main else ():
-            path.replace(f"{path}.damaged")  # else the next save would make it previous.pt, over the whole one
-        return saved
-    if not overwrite and any((folder / name).exists() for name in (LAST, PREVIOUS)):
-        raise UsageError(
-            f"{folder}: it already has a run; continue it with --resume auto, or give --overwrite or another folder"
-        )
-    if overwrite and run.is_main:
-        for path in [path for pattern in RUN_FILES for path in folder.glob(pattern)]:
-            path.unlink()
-    return saved
+        return saved, damaged
+    if any((folder / name).exists() for name in (LAST, PREVIOUS)):
+        if _is_restart():
+            flag = "instead of --overwrite, which would delete it" if overwrite else "to the command line"
+            raise UsageError(f"{folder}: the restarted job has a run there; to continue it, add --resume auto {flag}")
+        if not overwrite:
+            raise UsageError(
+                f"{folder}: it already has a run; continue it with --resume auto, or give --overwrite or another folder"
+            )
+    return saved, []
+
+
+def _is_restart():
+    """Whether torchrun (--max-restarts) or Slurm (requeue) has started the same command line again."""
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def _newest(run, folder):

@@ -9,6 +9,8 @@ from pathlib import Path
 class UserError(Exception):
     """Base class of the errors below."""
 
+    is_printed = True  # False where another process of the machine prints the same error
+
 
 class UsageError(UserError):
     """A flag that does not fit the other flags, the folder or the machine."""

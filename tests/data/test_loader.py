@@ -17,6 +17,7 @@ from data import DataError, loader, transforms
 from data.detection import voc
 from data.detection.dataset import BoxDataset
 from data.loader import PadCollate, Process, StepSampler, Targets, collate, collate_labels
+from ops.matching import pad_boxes
 
 
 def batches(*args, **options):
@@ -183,18 +184,20 @@ def test_a_batch_has_plain_tensors(dataset, workers):
 
 def test_workers_send_targets_without_shared_memory():
     """Each tensor would be an open file; large batches then end in "too many open files"."""
-    targets = Targets([{"boxes": torch.rand(2, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": 3}])
-    _, (content,) = targets.__reduce__()
+    target = {"boxes": torch.rand(2, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": 3}
+    targets = Targets([target], {"boxes": torch.rand(1, 2, 4)})
+    _, (content, _) = targets.__reduce__()
     assert not any(isinstance(value, torch.Tensor) for value in content[0].values())
     received = pickle.loads(pickle.dumps(targets))
     assert isinstance(received, Targets) and received[0]["image_id"] == 3
     torch.testing.assert_close(received[0]["boxes"], targets[0]["boxes"], rtol=0, atol=0)
     assert received[0]["labels"].shape == (0,) and received[0]["labels"].dtype == torch.int64
+    torch.testing.assert_close(received.to("cpu"), targets.tensors, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 8), (2, 4, 13), (0, 6, 9), (1, 1, 1)])
 def test_masks_are_the_same_after_pickling(shape):
-    targets = Targets([{"masks": torch.randint(2, shape, dtype=torch.uint8), "image_id": 0}])
+    targets = Targets([{"masks": torch.randint(2, shape, dtype=torch.uint8), "image_id": 0}], {})
     (received,) = pickle.loads(pickle.dumps(targets))
     torch.testing.assert_close(received["masks"], targets[0]["masks"], rtol=0, atol=0)
     assert received.keys() == targets[0].keys()
@@ -294,6 +297,7 @@ def test_boxes_are_in_pixels_of_the_upright_image(tmp_path):
 def sample(height, width, boxes):
     boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
     target = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)), "image_id": 7}
+    target |= {"labels": torch.arange(len(boxes)), "ignore": torch.zeros(len(boxes), dtype=torch.bool)}
     return tv_tensors.Image(torch.randint(1, 255, (3, height, width), dtype=torch.uint8)), target
 
 
@@ -303,6 +307,7 @@ def test_images_are_padded_to_one_size():
     assert type(images) is torch.Tensor and images.dtype == torch.uint8 and images.shape == (3, 3, 96, 96)
     assert isinstance(targets, Targets) and type(targets[0]["boxes"]) is torch.Tensor
     assert [target["shape"] for target in targets] == [(40, 70), (65, 33), (10, 64)]
+    torch.testing.assert_close(targets.tensors, pad_boxes(targets), rtol=0, atol=0)
     assert "shape" not in samples[0][1]
     for pixels, (image, _), (height, width) in zip(images, samples, [(40, 70), (65, 33), (10, 64)]):
         assert torch.equal(pixels[:, :height, :width], torch.Tensor(image).to(torch.uint8))
@@ -360,7 +365,10 @@ def test_the_largest_single_image_has_the_largest_area(max_side, largest):
 
 
 def test_one_batch_of_each_data_set():
-    samples = [(torch.full((3, 2, 2), value, dtype=torch.uint8), {"image_id": value}) for value in range(3)]
+    samples = [
+        (torch.full((3, 2, 2), value, dtype=torch.uint8), sample(2, 2, [])[1] | {"image_id": value})
+        for value in range(3)
+    ]
     ((train,), (val,)) = loader.one_batch_each((samples, samples), ([2, 0], np.array([1])))
     assert [target["image_id"] for target in train[1]] == [2, 0] and train[0].shape == (2, 3, 2, 2)
     assert [target["image_id"] for target in val[1]] == [1]

@@ -207,7 +207,7 @@ def test_without_the_devkit_a_line_is_printed(monkeypatch, tmp_path, spec):
         evaluator.write(tmp_path)
     assert evaluator.compute() == {}
     assert len(lines) == 1 and "nuscenes-devkit is not installed" in lines[0] and "\n" not in lines[0]
-    assert nuscenes.score_ground_truth(evaluator, []) == ""
+    assert nuscenes.score_ground_truth(evaluator, Targets()) == ""
 
 
 @pytest.mark.parametrize(
@@ -242,6 +242,12 @@ def test_two_processes_equal_one(scene, monkeypatch):
     answers = [gathered[0], {"NDS": 0.5}]
     assert other.compute(lambda value: [value, answers.pop(0)], is_main=False) == {"NDS": 0.5}
     assert len(submissions) == 2 and submissions[0] == submissions[1]
+
+
+class Targets(list):
+    """Targets as a data set."""
+
+    annotation = list.__getitem__
 
 
 def scored(root, targets, detections=None, **options):
@@ -283,9 +289,19 @@ def test_ground_truth_scores_one(scene, root, tmp_path):
 
 def test_the_line_about_the_ground_truth_is_a_warning_if_it_scores_low(scene, root):
     complete, half = (NuScenesEvaluator(root, "v1.0-mini", "mini_val", print=lambda line: None) for _ in range(2))
-    line = nuscenes.score_ground_truth(complete, scene.targets())
+    line = nuscenes.score_ground_truth(complete, Targets(scene.targets()))
     assert line.startswith("ground truth scored as predictions: NDS 1.")
-    assert nuscenes.score_ground_truth(half, scene.targets()[::2]).startswith("WARNING: ground truth scored as")
+    half_of_it = Targets(scene.targets()[::2])
+    assert nuscenes.score_ground_truth(half, half_of_it).startswith("WARNING: ground truth scored as")
+
+
+def test_one_process_scores_the_ground_truth_and_the_others_wait_for_the_line(monkeypatch):
+    monkeypatch.setattr(NuScenesEvaluator, "_score", lambda *_: pytest.fail("this process does not score"))
+    answers = [[{}], [{"NDS": 1.0, "mAP": 1.0}, None]]
+    evaluator = NuScenesEvaluator("nowhere", "v1.0-mini", "mini_val")
+    line = nuscenes.score_ground_truth(evaluator, Targets([{}]), lambda value: answers.pop(0), is_main=False)
+    assert line == "ground truth scored as predictions: NDS 1.000, mAP 1.000"
+    assert not answers
 
 
 def test_missing_tables_and_invalid_boxes(scene, tmp_path):

@@ -24,11 +24,11 @@ def case():
 @pytest.mark.parametrize("rule", RULES)
 def test_labels_and_offsets_are_those_of_the_matched_boxes(case, rule):
     anchors, targets = case
-    matched = assignment.assign(anchors, targets, WEIGHTS, *rule)
+    matched = assignment.assign(anchors, pad_boxes(targets), WEIGHTS, *rule)
     assert matched["labels"].shape == (4, 200) and matched["labels"].dtype == torch.int64
     assert matched["offsets"].shape == (4, 200, 4) and matched["offsets"].isfinite().all()
     for i, target in enumerate(targets):
-        for anchor, box in enumerate(match(*pad_boxes([target], "cpu"), anchors, *rule)[0].tolist()):
+        for anchor, box in enumerate(match(*pad_boxes([target]).values(), anchors, *rule)[0].tolist()):
             expected = {BACKGROUND: 0, IGNORE: -1}.get(box)
             assert matched["labels"][i, anchor] == (target["labels"][box] + 1 if expected is None else expected)
             if box >= 0:
@@ -39,25 +39,27 @@ def test_labels_and_offsets_are_those_of_the_matched_boxes(case, rule):
 
 
 def test_the_defaults_are_those_of_ssd(case):
-    default, explicit = (assignment.assign(*case, WEIGHTS, *rule) for rule in ((), (0.5, 0.5, True)))
+    default, explicit = (
+        assignment.assign(case[0], pad_boxes(case[1]), WEIGHTS, *rule) for rule in ((), (0.5, 0.5, True))
+    )
     torch.testing.assert_close(default, explicit, rtol=0, atol=0)
 
 
 def test_a_batch_without_boxes(case):
-    matched = assignment.assign(case[0], [random_target(0, torch.Generator())] * 2, WEIGHTS, 0.5, 0.4, False)
+    matched = assignment.assign(case[0], pad_boxes([random_target(0, torch.Generator())] * 2), WEIGHTS, 0.5, 0.4, False)
     assert matched["labels"].tolist() == [[0] * 200] * 2
     torch.testing.assert_close(matched["offsets"], torch.zeros(2, 200, 4))
     assert assignment.count_positives(matched).item() == 0
 
 
 def test_assign_does_not_keep_the_graph(case):
-    matched = assignment.assign(case[0].requires_grad_(), case[1], WEIGHTS)
+    matched = assignment.assign(case[0].requires_grad_(), pad_boxes(case[1]), WEIGHTS)
     assert not matched["offsets"].requires_grad
 
 
 @pytest.mark.parametrize(("accumulate", "parts"), [(1, 1), (2, 2), (3, 2), (4, 4), (9, 4)])
 def test_micro_batches_are_the_batch_in_order(case, accumulate, parts):
-    matched, images = assignment.assign(*case, WEIGHTS), torch.arange(4.0)[:, None]
+    matched, images = assignment.assign(case[0], pad_boxes(case[1]), WEIGHTS), torch.arange(4.0)[:, None]
     batches = assignment.micro_batches(accumulate, images, matched)
     assert len(batches) == parts
     torch.testing.assert_close(torch.cat([part for part, _ in batches]), images)

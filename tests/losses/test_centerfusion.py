@@ -49,7 +49,7 @@ def random_outputs(batch=3, seed=0, dtype=torch.float32):
 
 
 def assign(targets):
-    return centerfusion.assign(targets, "cpu", size=SIZE, stride=STRIDE, num_classes=CLASSES)
+    return centerfusion.assign(targets, size=SIZE, stride=STRIDE, num_classes=CLASSES)
 
 
 def gradients(losses, outputs):
@@ -243,7 +243,7 @@ def test_radar_is_associated_with_the_true_boxes(targets):
         x1, y1, x2, y2 = targets[image]["boxes"][i] / STRIDE
         values = torch.tensor([targets[image]["center"][i, 2], 1.5, -2.0])
         radar_map[image, :, int((y1 + y2) / 2), int((x1 + x2) / 2)] = values
-    matched = centerfusion.assign(targets, "cpu", radar_map, calib, size=SIZE, stride=STRIDE, max_distance=50.0)
+    matched = centerfusion.assign(targets, radar_map, calib, size=SIZE, stride=STRIDE, max_distance=50.0)
     tolerance = depth_tolerance(matched["dim"], matched["alpha"], matched["boxes"][..., ::2].mean(-1), calib)
     options = {"max_distance": 50.0, "valid": matched["mask"]}
     expected = associate(radar_map, matched["boxes"], matched["dep"][..., 0], tolerance, **options)

@@ -7,6 +7,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from losses import assignment, focal
 from models import pretrained
+from ops.matching import pad_boxes
 from tests import golden
 
 BATCH, ANCHORS, CLASSES = 3, 70, 5
@@ -46,7 +47,7 @@ def gradients(losses, outputs):
     [{}, {"alpha": 0.6, "gamma": 0.0}, {"gamma": 1.5, "beta": 1.0}, {"class_weights": torch.arange(1.0, CLASSES + 1)}],
 )
 def test_equals_torchvision(settings, chunk_logits, monkeypatch):
-    monkeypatch.setattr(focal, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setitem(focal.CHUNK_LOGITS, "cpu", chunk_logits)
     outputs, matched = random_case()
     num_positives = assignment.count_positives(matched)
     losses = focal.loss(outputs, matched, num_positives, **settings)
@@ -185,7 +186,7 @@ def test_losses_of_the_published_program():
         rows = torch.tensor([row for row in rows if row[4] >= 0])
         target = {"boxes": rows[:, :4], "labels": rows[:, 4].long(), "ignore": torch.zeros(len(rows), dtype=torch.bool)}
         anchors = net.anchors(images.shape[-2:])
-        matched = assignment.assign(anchors, [target], net.box_weights, 0.5, 0.4, keep_best=False)
+        matched = assignment.assign(anchors, pad_boxes([target]), net.box_weights, 0.5, 0.4, keep_best=False)
         image_outputs = {name: value[i : i + 1] for name, value in outputs.items()}
         num_positives = assignment.count_positives(matched).clamp(min=1)
         losses.append(focal.loss(image_outputs, matched, num_positives, box_weight=0.25))

@@ -46,7 +46,7 @@ def plain_loss(outputs, anchors, targets, threshold=0.5, weights=None):
     regression = classification = positives = 0
     weights = weights or [1.0] * (CLASSES + 1)
     for i, target in enumerate(targets):
-        matched = match(*pad_boxes([target], "cpu"), anchors, threshold)[0].tolist()
+        matched = match(*pad_boxes([target]).values(), anchors, threshold)[0].tolist()
         entropy_of, background = {}, []
         for prior, box in enumerate(matched):
             logits = outputs["logits"][i, prior].tolist()
@@ -70,7 +70,7 @@ def plain_loss(outputs, anchors, targets, threshold=0.5, weights=None):
 @pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0, 4.0]])
 def test_equals_plain_loops(batch, weights):
     anchors, targets, outputs = batch
-    matched = assignment.assign(anchors, targets, WEIGHTS)
+    matched = assignment.assign(anchors, pad_boxes(targets), WEIGHTS)
     num_positives = assignment.count_positives(matched)
     losses = multibox.loss(outputs, matched, num_positives, class_weights=weights and torch.tensor(weights))
     regression, classification, count = plain_loss(outputs, anchors, targets, weights=weights)
@@ -84,9 +84,9 @@ def test_equals_torchvision(random):
     """For images that all have a positive prior: without one, torchvision has no negatives either."""
     anchors, outputs = random_boxes(PRIORS, random), random_outputs(3, random)
     targets = [random_target(count, random) for count in (4, 1, 6)]
-    matched = assignment.assign(anchors, targets, WEIGHTS)
+    matched = assignment.assign(anchors, pad_boxes(targets), WEIGHTS)
     losses = multibox.loss(outputs, matched, assignment.count_positives(matched))
-    indices = list(match(*pad_boxes(targets, "cpu"), anchors, 0.5))
+    indices = list(match(*pad_boxes(targets).values(), anchors, 0.5))
     settings = SimpleNamespace(box_coder=BoxCoder(WEIGHTS), neg_to_pos_ratio=3)
     raw = {"bbox_regression": outputs["offsets"], "cls_logits": outputs["logits"]}
     targets = [{**target, "labels": target["labels"] + 1} for target in targets]
@@ -97,7 +97,7 @@ def test_equals_torchvision(random):
 
 def test_without_boxes(random):
     anchors, outputs = random_boxes(PRIORS, random), random_outputs(2, random)
-    matched = assignment.assign(anchors, [random_target(0, random)] * 2, WEIGHTS)
+    matched = assignment.assign(anchors, pad_boxes([random_target(0, random)] * 2), WEIGHTS)
     losses = multibox.loss(outputs, matched, assignment.count_positives(matched).clamp(min=1))
     assert losses["regression_loss"].item() == 0
     assert losses["classification_loss"].item() > 0
@@ -111,20 +111,22 @@ def test_without_boxes(random):
 
 def test_a_batch_equals_single_images(batch):
     anchors, targets, outputs = batch
-    matched = assignment.assign(anchors, targets, WEIGHTS)
+    matched = assignment.assign(anchors, pad_boxes(targets), WEIGHTS)
     num_positives = assignment.count_positives(matched)
     together = multibox.loss(outputs, matched, num_positives)
     single = []
     for i, target in enumerate(targets):
         image_outputs = {name: value[i : i + 1] for name, value in outputs.items()}
-        single.append(multibox.loss(image_outputs, assignment.assign(anchors, [target], WEIGHTS), num_positives))
+        single.append(
+            multibox.loss(image_outputs, assignment.assign(anchors, pad_boxes([target]), WEIGHTS), num_positives)
+        )
     torch.testing.assert_close({name: sum(losses[name] for losses in single) for name in together}, together)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 4, 7])
 def test_micro_batches_sum_to_the_whole_batch(batch, accumulate):
     anchors, targets, outputs = batch
-    matched = assignment.assign(anchors, targets, WEIGHTS)
+    matched = assignment.assign(anchors, pad_boxes(targets), WEIGHTS)
     num_positives = assignment.count_positives(matched)
     whole = multibox.loss(outputs, matched, num_positives)
     losses = []
@@ -179,7 +181,7 @@ def test_boxes_to_ignore_are_neither_positive_nor_negative(random):
         "labels": torch.tensor([1, 2]),
         "ignore": torch.tensor([True, False]),
     }
-    matched = assignment.assign(anchors, [target], WEIGHTS)
+    matched = assignment.assign(anchors, pad_boxes([target]), WEIGHTS)
     assert matched["labels"][0, 7] == -1 and matched["labels"][0, 20] == 3
     outputs = random_outputs(1, random)
     with torch.no_grad():
@@ -192,7 +194,7 @@ def test_boxes_to_ignore_are_neither_positive_nor_negative(random):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_outputs(batch, dtype):
     anchors, targets, outputs = batch
-    matched = assignment.assign(anchors, targets, WEIGHTS)
+    matched = assignment.assign(anchors, pad_boxes(targets), WEIGHTS)
     half = {name: value.detach().to(dtype).requires_grad_() for name, value in outputs.items()}
     losses = multibox.loss(half, matched, assignment.count_positives(matched))
     wide = {name: value.float() for name, value in half.items()}
@@ -205,7 +207,7 @@ def test_half_precision_outputs(batch, dtype):
 @pytest.mark.parametrize("scale", [1e4, 1e8])
 def test_extreme_outputs_stay_finite(batch, random, scale):
     anchors, targets, _ = batch
-    matched = assignment.assign(anchors, targets, WEIGHTS)
+    matched = assignment.assign(anchors, pad_boxes(targets), WEIGHTS)
     outputs = random_outputs(4, random, scale)
     losses = multibox.loss(outputs, matched, assignment.count_positives(matched))
     assert all(value.isfinite() for value in losses.values())

@@ -56,7 +56,7 @@ def make_target(seed, rows=3, columns=4):
 
 def ideal_heads(targets, size=SIZE):
     """Heads of which `decode` makes `targets`: the matched targets of the loss written at the peaks."""
-    matched = centerfusion.assign(targets, "cpu", size=size)
+    matched = centerfusion.assign(targets, size=size)
     channels = {"reg": 2, "wh": 2, "dep": 1, "rot": 8, "dim": 3, "amodel_offset": 2, "velocity": 3, "nuscenes_att": 8}
     heads = {name: torch.zeros(len(targets), count, *size) for name, count in channels.items()}
     heads["hm"] = matched["hm"].logit(1e-6)
@@ -125,9 +125,10 @@ def test_flip_averaging_of_ideal_heads_changes_nothing(targets):
     size = (113, 200)
     flipped = [flip_target(target, width=4 * size[1]) for target in targets]
     outputs = ideal_heads(targets, size)
-    means = decode3d.flip_averaged(outputs, ideal_heads(flipped, size))
+    mirrored = ideal_heads(flipped, size)
+    means = decode3d.flip_averaged({name: torch.cat([maps, mirrored[name]]) for name, maps in outputs.items()})
     outputs["hm"], means["hm"] = outputs["hm"].sigmoid(), means["hm"].sigmoid()
-    matched = centerfusion.assign(targets, "cpu", size=size)
+    matched = centerfusion.assign(targets, size=size)
     for name in outputs:
         one, both = (gather_cells(heads[name], matched["index"])[matched["mask"]] for heads in (outputs, means))
         assert (one - both).abs().max() < 1e-3, name

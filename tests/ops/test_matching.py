@@ -42,7 +42,7 @@ def make_target(boxes, ignore=None):
 
 
 def match_targets(targets, anchors, *rule):
-    return match(*pad_boxes(targets, anchors.device), anchors, *(rule or (0.5,)))
+    return match(*pad_boxes(targets).values(), anchors, *(rule or (0.5,)))
 
 
 @pytest.mark.parametrize(("low", "keep_best"), [(None, True), (0.08, False), (0.05, True)])
@@ -105,8 +105,8 @@ def test_boxes_to_ignore_take_no_anchor_from_real_ones():
 
 
 def test_pad_boxes():
-    boxes, labels = pad_boxes([make_target([[0, 0, 1, 1], [2, 2, 3, 3]], [False, True]), make_target([])], "cpu")
+    boxes, labels = pad_boxes([make_target([[0, 0, 1, 1], [2, 2, 3, 3]], [False, True]), make_target([])]).values()
     assert boxes.shape == (2, 2, 4)
     assert labels.tolist() == [[0, IGNORE], [BACKGROUND, BACKGROUND]]
-    boxes, labels = pad_boxes([make_target([])], "cpu")
+    boxes, labels = pad_boxes([make_target([])]).values()
     assert match(boxes, labels, torch.rand(7, 4), 0.5).tolist() == [[BACKGROUND] * 7]

@@ -10,7 +10,6 @@ from ops import proposals
 SHAPES = [(96, 128), (70, 90), (128, 100)]
 LEVEL_SIZES = [150, 90, 20]
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-NMS = (proposals.nms_by_image, proposals.one_nms_for_all)
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +17,15 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=NMS)
-def nms(request, monkeypatch):
-    """Both ways on a CPU."""
-    monkeypatch.setattr(proposals, "nms_by_image", request.param)
+@pytest.fixture(params=["cpu", "gpu"])
+def device(request, monkeypatch):
+    """Both ways of NMS, on a CPU."""
+    if request.param == "gpu":
+
+        def suppress(boxes, scores, group, valid, iou_threshold):
+            return proposals.nms_without_counting(boxes, scores, group, iou_threshold) & valid
+
+        monkeypatch.setattr(proposals.nms, "suppress", suppress)
 
 
 def random_boxes(*size):
@@ -39,7 +43,7 @@ def rpn_outputs():
 
 @pytest.mark.parametrize("before_nms", [40, 1000])
 @pytest.mark.parametrize("after_nms", [25, 1000])
-def test_proposals_are_torchvisions(nms, before_nms, after_nms):
+def test_proposals_are_torchvisions(device, before_nms, after_nms):
     objectness, deltas, anchors = rpn_outputs()
     ours = proposals.select_proposals(
         objectness, deltas, anchors, SHAPES, LEVEL_SIZES, before_nms, after_nms, 0.7, 1e-3
@@ -56,7 +60,7 @@ def test_proposals_are_torchvisions(nms, before_nms, after_nms):
 
 
 @pytest.mark.parametrize("classes", [1, 6])
-def test_detections_are_torchvisions(nms, classes):
+def test_detections_are_torchvisions(device, classes):
     boxes = random_boxes(3, 60)
     boxes[1, 40:] = 0  # padding
     logits, offsets = torch.randn(3, 60, classes + 1) * 2, torch.randn(3, 60, 4 * (classes + 1))
@@ -86,11 +90,12 @@ def test_nms_of_a_gpu_equals_that_of_a_cpu(max_paired, monkeypatch):
     boxes, scores, group = random_boxes(4, 200), torch.rand(4, 200), torch.randint(0, 3, (4, 200))
     scores[0, :50] = scores[2] = -1
     boxes[0, 0] = boxes[0, 1] = float("nan")
-    expected, keep = (nms(boxes, scores, group, 0.5) for nms in NMS)
+    expected = proposals.nms.suppress(boxes, scores, group, scores >= 0, 0.5)
+    keep = proposals.nms_without_counting(boxes, scores, group, 0.5)
     assert torch.equal(keep & (scores >= 0), expected) and 0 < expected.sum() < (scores >= 0).sum()
 
 
-def test_an_image_does_not_depend_on_the_others(nms):
+def test_an_image_does_not_depend_on_the_others(device):
     objectness, deltas, anchors = rpn_outputs()
     rest = LEVEL_SIZES, 60, 50, 0.7, 1e-3
     batch = proposals.select_proposals(objectness, deltas, anchors, SHAPES, *rest)
@@ -100,7 +105,7 @@ def test_an_image_does_not_depend_on_the_others(nms):
         torch.testing.assert_close(batch[i, : len(single)], single, rtol=0, atol=0)
 
 
-def test_equal_scores_keep_their_order(nms):
+def test_equal_scores_keep_their_order(device):
     boxes = random_boxes(1, 100)
-    scores, best = proposals.suppress(boxes, torch.ones(1, 100), torch.arange(100)[None], 0.5, 90)
+    scores, best = proposals.best_after_nms(boxes, torch.ones(1, 100), torch.arange(100)[None], 0.5, 90)
     assert best.tolist() == [list(range(90))] and scores.eq(1).all()

@@ -58,7 +58,7 @@ def train(folder, run, parts, progress, until):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        parts["ema"].update(net)
+        parts["ema"].update()
         progress.step = step
         progress.record(1 / 3 + step / 7, higher_is_better=True)
     save(folder, parts, progress)

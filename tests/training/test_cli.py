@@ -168,6 +168,17 @@ def test_an_error_of_the_user_becomes_a_line_and_exit_code_2(error, capsys):
     assert capsys.readouterr().err == "error: a.xml: object 3: no box\n"
 
 
+def test_an_error_that_another_process_prints_is_not_printed_again(capsys):
+    def main():
+        error = UsageError("no folder")
+        error.is_printed = False
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(main)
+    assert capsys.readouterr().err == ""
+
+
 def test_other_errors_keep_their_traceback_and_an_interrupt_has_exit_code_130():
     def interrupted():
         raise KeyboardInterrupt

@@ -1,22 +1,28 @@
+import argparse
 import json
 import math
 import os
 import signal
 import socket
 import threading
+import time
+import warnings
+from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.multiprocessing
 from torch import nn
 
+from evaluation.nuscenes import NuScenesEvaluator
 from tests.training import small_run
 from training import distributed, run_folder
 from training.distributed import init_device
 from training.logger import Logger
 from training.meter import NonFiniteLoss
 from training.signals import StopSignals
-from utils.errors import UsageError
+from utils.errors import DataError, UsageError, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +49,9 @@ def small_net():
 
 
 def test_one_process_on_the_cpu(capsys):
-    run = init_device("cpu", seed=3)
+    run = init_device("cpu", precision="fp32", seed=3)
     first = torch.rand(2)
-    init_device("cpu", seed=3)
+    init_device("cpu", precision="fp32", seed=3)
     torch.testing.assert_close(torch.rand(2), first, rtol=0, atol=0)
     assert (run.device, run.rank, run.world_size, run.is_main) == (torch.device("cpu"), 0, 1, True)
     assert (run.gpus, run.pin_memory, run.precision) == ((), False, torch.float32)
@@ -73,8 +79,20 @@ def test_mean_of_one_process_is_the_value_as_float(value):
     assert float(mean.clamp(min=1)) == 3.0
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("auto", "float32"), ("fp32", "float32"), ("bf16", "bfloat16")])
-def test_precision_on_the_cpu(precision, dtype):
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "dtype"),
+    [
+        ("auto", {"avx512_bf16": False, "amx_bf16": False}, "float32"),
+        ("auto", {"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+        ("auto", {"amx_bf16": True}, "bfloat16"),
+        ("auto", {}, "float32"),
+        ("fp32", {"avx512_bf16": True}, "float32"),
+        ("bf16", {}, "bfloat16"),
+    ],
+)
+def test_precision_on_the_cpu(precision, capabilities, dtype, monkeypatch):
+    """auto is bf16 where the processor computes in it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     run = init_device("cpu", precision=precision)
     with run.autocast():
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == getattr(torch, dtype)
@@ -109,6 +127,108 @@ def test_the_seed_of_a_step_depends_on_the_step_alone():
     torch.testing.assert_close(torch.rand(3), first, rtol=0, atol=0)
     run.seed_step(6)
     assert not torch.equal(torch.rand(3), first)
+
+
+def flags(**changed):
+    """The flags that `distributed.init` reads."""
+    values = {"device": "cpu", "gpus": "", "precision": "fp32", "seed": 0, "arch": "mb1-ssd", "deterministic": None}
+    values |= {"workers": 0, "batch_size": 4, "accumulate": 1}
+    return argparse.Namespace(**values | changed)
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "workers"),
+    [
+        ("cuda", 16, 1, 16),
+        ("cuda", 16, 4, 4),
+        ("cuda", 64, 2, 16),
+        ("cuda", 2, 8, 1),
+        ("cpu", 16, 1, 2),
+        ("cpu", 1, 1, 1),
+    ],
+)
+def test_automatic_number_of_workers(device, cores, processes, workers, monkeypatch):
+    monkeypatch.setattr(distributed, "cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    number, reason = distributed.choose_workers(torch.device(device))
+    assert number == workers
+    assert reason.startswith(f"{cores} cores" + (f" for {processes} processes" if processes > 1 else ""))
+
+
+def test_the_automatic_number_of_workers_is_printed_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "cores", lambda: 8)
+    args = flags(workers=None)
+    distributed.init(args)
+    assert args.workers == 2
+    assert capsys.readouterr().out == "--workers 2: 8 cores, which the network on the CPU needs too\n"
+
+
+def test_cores_are_those_of_the_affinity_mask():
+    every = os.sched_getaffinity(0)
+    assert 1 <= distributed.cores() <= len(every)
+    try:
+        os.sched_setaffinity(0, {min(every)})
+        assert distributed.cores() == 1
+    finally:
+        os.sched_setaffinity(0, every)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_idle_gpus_are_named(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["some/train_ssd.py"])
+    line = "2 GPUs are visible, 1 is used: torchrun --nproc-per-node 2 train_ssd.py ... uses all"
+    assert distributed.idle_gpus(flags(device="auto"), 1).startswith(line)
+    for device, gpus, world_size in (("cuda:1", "", 1), ("auto", "0,1", 1), ("auto", "", 2), ("cpu", "", 1)):
+        assert not distributed.idle_gpus(flags(device=device, gpus=gpus), world_size)
+
+
+def state_of_kernels():
+    cudnn = torch.backends.cudnn
+    return (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected", "state"),
+    [
+        ({}, True, (True, True, False, False)),
+        ({"deterministic": False}, False, (False, False, True, True)),
+        ({"deterministic": False, "min_side": [800]}, False, (False, False, False, True)),
+        ({"arch": "maskrcnn_resnet50", "deterministic": True}, True, (True, True, False, False)),
+        ({"arch": "maskrcnn_resnet50"}, True, (True, True, False, False)),  # on a CPU
+    ],
+)
+def test_deterministic_kernels(changed, expected, state):
+    args = flags(**changed)
+    distributed.init(args)
+    assert args.deterministic is expected
+    assert state_of_kernels() == state
+    assert torch.backends.cuda.matmul.allow_tf32 is not expected
+    init_device("cpu")
+    assert state_of_kernels() == (True, True, False, False)
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "changed", "reason"),
+    [
+        ("cpu", 1, {"arch": "maskrcnn_resnet50"}, ""),
+        ("cpu", 2, {}, ""),
+        ("cpu", 3, {}, "more than two processes"),
+        ("cuda", 1, {}, ""),
+        ("cuda", 2, {"arch": "retinanet_resnet50"}, ""),
+        ("cuda", 1, {"deterministic": False}, "--no-deterministic"),
+        ("cuda", 1, {"arch": "maskrcnn_resnet50"}, "RoIAlign"),
+        ("cuda", 1, {"arch": "centerfusion_dla34", "deterministic": True}, "deformable"),
+        ("cuda", 1, {"arch": "centerfusion_resnet18"}, ""),
+        ("cuda", 1, {"arch": "vgg16_bn", "resolution": 200}, "adaptive pooling"),
+        ("cuda", 1, {"arch": "vgg16_bn", "resolution": 224}, ""),
+        ("cuda", 1, {"arch": "vgg16-ssd", "resolution": 300}, ""),
+    ],
+)
+def test_reasons_for_a_resume_that_is_not_exact(device, world_size, changed, reason):
+    run = replace(init_device("cpu"), device=torch.device(device), world_size=world_size)
+    given = distributed.why_inexact(run, flags(**changed))
+    assert given.startswith(reason) if reason.startswith(("--", "more")) else reason in given
+    assert bool(given) == bool(reason)
 
 
 @pytest.mark.slow
@@ -170,6 +290,18 @@ def test_gpus_and_torchrun_exclude_each_other(monkeypatch):
         init_device(gpus="0,1")
 
 
+@pytest.mark.parametrize(("restarts", "shared", "count"), [(3, True, 1), (0, True, 0), (3, False, 0)])
+def test_a_warning_if_torchrun_would_restart_with_the_old_store(monkeypatch, recwarn, restarts, shared, count):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(restarts))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(shared))
+    warnings.simplefilter("always")
+    distributed._check_restarts(0)
+    distributed._check_restarts(1)
+    assert len(recwarn) == count
+    for warning in recwarn:
+        assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(warning.message)
+
+
 def test_sync_bn_needs_gpus():
     with pytest.raises(UsageError, match=r"--sync-bn needs GPUs .*--freeze-bn"):
         init_device("cpu").wrap(small_net(), sync_bn=True)
@@ -209,9 +341,10 @@ def test_a_batch_is_split_evenly_or_refused():
         distributed.init(small_run.flags("--device cpu --batch-size 9 --accumulate 4"))
 
 
-def in_one_of_two(rank, port, folder):
+def in_one_of_two(rank, ports, folder):
     """What each of two gloo processes checks; a failed assertion fails the test."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = ports[0]
     torch.set_num_threads(1)
     run = init_device("cpu", seed=7)
     check_collectives(run, folder)
@@ -220,7 +353,13 @@ def in_one_of_two(rank, port, folder):
     check_start(run)
     check_stop(run)
     check_run_folder(run, folder)
+    check_errors(run)
     check_non_finite_loss(run, folder)
+    run.close()
+    os.environ["MASTER_PORT"] = ports[1]
+    distributed.STEP_TIMEOUT = timedelta(seconds=3)
+    run = init_device("cpu")
+    check_waits(run)
     run.close()
     (folder / f"passed{rank}").touch()
 
@@ -294,10 +433,55 @@ def check_stop(run):
 
 
 def check_run_folder(run, folder):
-    run_folder.save(folder / f"{run.rank}", {"step": 5} if run.is_main else {"step": 0})
+    own = folder / f"{run.rank}"
+    run_folder.save(own, {"step": 5} if run.is_main else {"step": 0})
     with pytest.raises(UsageError, match=r"different steps \[5, 0\]; use a folder that all machines share"):
-        run_folder.open_run(run, folder / f"{run.rank}", "auto")
+        run_folder.open_run(run, own, "auto", read_only=True)
+    run_folder.SHARED_SECONDS = 0.2
+    for flags in ({"resume": "auto"}, {"overwrite": True}):
+        with pytest.raises(
+            UsageError, match=rf"{folder}/1 is not the folder of process 0, {folder}/0 on .*--model-dir"
+        ):
+            run_folder.open_run(run, own, **flags)
+    with pytest.raises(UsageError, match=r"^.*/0: it already has a run; continue it with --resume auto"):
+        run_folder.open_run(run, folder / "0")
+    assert [path.name for path in own.iterdir()] == ["last.pt"], "a refusal changes nothing"
     assert run_folder.open_run(run, folder / "0", "auto")["step"] == 5
+    run_folder.open_run(run, folder / "shared")
+    run.gather(None)
+    assert not list((folder / "shared").iterdir())
+    with pytest.raises(UsageError, match=r"last\.pt/x: not writable: Not a directory; give another --model-dir"):
+        run_folder.open_run(run, folder / "0" / "last.pt" / "x", "auto")
+
+
+def check_errors(run):
+    """An error in the block of any process is raised in all, and printed by one."""
+
+    def fail_in(rank, error):
+        with run.main_first():
+            if run.rank == rank:
+                raise error
+
+    with pytest.raises(UserError, match=r"^a\.jpg: cut off$") as raised:
+        fail_in(0, DataError("a.jpg", reason="cut off"))
+    assert raised.value.is_printed == run.is_main
+    prefix = f"process 1 on {socket.gethostname()}: " if run.is_main else ""
+    with pytest.raises(UserError, match=rf"^{prefix}a\.jpg: cut off$") as raised:
+        fail_in(1, DataError("a.jpg", reason="cut off"))
+    assert raised.value.is_printed == run.is_main
+    with pytest.raises(KeyError if run.is_main else SystemExit, match="mistake" if run.is_main else "^1$"):
+        fail_in(0, KeyError("mistake"))
+
+
+def check_waits(run):
+    """One process may take longer than the timeout of a step before a block of `main_first`, in it, and to score."""
+    slow = 4 if run.is_main else 0
+    with run.main_first():
+        time.sleep(slow)
+    evaluator = NuScenesEvaluator("", "", "")
+    evaluator._score = lambda *_: time.sleep(slow) or {"NDS": 0.5}
+    assert evaluator.compute(run.gather, run.is_main) == {"NDS": 0.5}
+    assert run.max(run.rank) == 1
 
 
 def check_non_finite_loss(run, folder):
@@ -312,10 +496,15 @@ def check_non_finite_loss(run, folder):
         assert json.loads((folder / "log" / "nan_report.json").read_text())["images"] == [1]
 
 
-@pytest.mark.slow
-def test_two_processes_compute_what_one_would(tmp_path):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    torch.multiprocessing.spawn(in_one_of_two, (port, tmp_path), nprocs=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "cache", "log", "passed0", "passed1"]
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_would(tmp_path):
+    ports = free_port(), free_port()
+    torch.multiprocessing.spawn(in_one_of_two, (ports, tmp_path), nprocs=2)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["0", "1", "cache", "log", "passed0", "passed1", "shared"]

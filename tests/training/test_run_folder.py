@@ -191,6 +191,16 @@ def test_a_run_is_not_overwritten_by_accident(folder, run, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_needs_resume_auto(folder, run, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(UsageError, match=r"restarted job has a run there; .* add --resume auto to the command line"):
+        run_folder.open_run(run, folder)
+    with pytest.raises(UsageError, match="add --resume auto instead of --overwrite, which would delete it"):
+        run_folder.open_run(run, folder, overwrite=True)
+    assert run_folder.open_run(run, folder, "auto")["step"] == 4
+
+
 def test_an_evaluation_needs_the_checkpoint_that_it_names(folder, run, tmp_path):
     assert run_folder.open_run(run, tmp_path / "x", str(folder), read_only=True)["step"] == 4
     with pytest.raises(UsageError, match=r"--resume auto: no checkpoint in .*x; checkpoints nearby: .*last.pt"):

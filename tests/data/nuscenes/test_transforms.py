@@ -211,7 +211,7 @@ def test_flipped_boxes_are_at_the_same_global_place(pair):
 
 def test_flipped_objects_give_mirrored_matched_targets(pair):
     size = (28, 50)
-    matched, flipped = (centerfusion.assign([target], "cpu", size=size) for target in pair)
+    matched, flipped = (centerfusion.assign([target], size=size) for target in pair)
     torch.testing.assert_close(flipped["hm"], matched["hm"].flip(-1))
     assert torch.equal(flipped["index"] % 50, 49 - matched["index"] % 50)
     assert torch.equal(flipped["index"] // 50, matched["index"] // 50)
