@@ -22,8 +22,10 @@ SIZES = {  # network -> size of its images in predict.py
     "resnet18": {"image_size": (32, 32)},
     "mb1-ssd": {"image_size": (96, 96)},
     "retinanet_resnet18": {"min_side": 64, "max_side": 96},
+    "maskrcnn_resnet18": {"min_side": 64, "max_side": 96},
     "centerfusion_resnet18": {"image_size": (64, 128)},
 }
+SMALLER = {"maskrcnn_resnet18": {"width": 8, "hidden": 16, "proposals": 20}}
 
 
 @pytest.fixture(autouse=True)
@@ -64,12 +66,15 @@ def test_waits_of_training_and_evaluation(script, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_predict(name, drawn, tmp_path, monkeypatch):
-    net = models.build(name, 10 if "centerfusion" in name else 3)
+    net = models.build(name, 10 if "centerfusion" in name else 3, **SMALLER.get(name, {}))
     net.classes = [f"class {label}" for label in range(net.num_classes)]
     if net.name == "retinanet":
         randomize(net, (64, 96))
     checkpoint.write(tmp_path / "net.pt", {**models.describe(net, **SIZES[name]), "model": net})
-    images = drawn("centerfusion") if "centerfusion" in name else drawn("ssd") / "JPEGImages"
+    data, folder = {"centerfusion": ("centerfusion", ""), "maskrcnn": ("maskrcnn", "PNGImages")}.get(
+        name.partition("_")[0], ("ssd", "JPEGImages")
+    )
+    images = drawn(data) / folder
     batches = []
     with fake_cuda.FakeCuda() as gpu:
         original = predict.batches
