@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ops.boxes import encode, pairwise_iou
 from ops.matching import BACKGROUND, IGNORE, pad_boxes
 from ops.proposals import is_padding, take
+from ops.roi_pool import align
 from ops.transfer import to_device
 
 ANCHOR_WEIGHTS, ROI_WEIGHTS = (1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)  # of ops.boxes.encode
@@ -108,10 +109,7 @@ class SampledTargets:
             used, row = index.unique(return_inverse=True)  # an image may have a hundred masks of a megapixel
             masks = to_device(torch.as_tensor(target["masks"])[used], boxes.device)
             rows_and_boxes = torch.cat([to_device(row[:, None], boxes.device).to(boxes), boxes[: len(index)]], 1)
-            # The operator itself, whose forward pass is deterministic: under deterministic algorithms, torchvision's
-            # function on a GPU expands every pixel of every RoI to a tensor as large as the image.
-            align = torch.ops.torchvision.roi_align
-            parts.append(align(masks[:, None].to(boxes), rows_and_boxes, 1.0, size, size, -1, False)[:, 0])
+            parts.append(align(masks[:, None].to(boxes), rows_and_boxes, 1, size, samples=-1)[:, 0])
         return torch.cat(parts)
 
     def objects(self, device):

@@ -12,8 +12,7 @@ from torchvision.ops import clip_boxes_to_image
 from ops import nms
 from ops.boxes import decode
 
-MAX_CANDIDATES = 8192  # per image that enter the NMS of `select_detections`
-MAX_PAIRED = 36_000  # boxes in one call of NMS on a GPU, which stores a bit per pair: 162 MB
+PAIRS_PER_IMAGE = 8192  # of a proposal and a class, that enter the NMS of `select_detections`
 
 
 @torch.no_grad()
@@ -49,12 +48,12 @@ def select_detections(logits, offsets, proposals, shapes, weights, score_thresho
     logits [B,P,K+1], offsets [B,P,4(K+1)], proposals [B,P,4]  background first; weights: those of the offsets
     shapes     (h, w) of each image, to which its boxes are clipped
 
-    Of each image, the MAX_CANDIDATES top-scoring pairs of a proposal and a class enter NMS. torchvision has no limit;
+    Of each image, the PAIRS_PER_IMAGE top-scoring pairs of a proposal and a class enter NMS. torchvision has no limit;
     pairs beyond it matter only if these leave fewer than `max_detections`.
     """
     classes = logits.shape[-1] - 1
     scores = logits.float().softmax(-1)[..., 1:].masked_fill(is_padding(proposals)[..., None], -1).flatten(1)
-    scores, pair = highest(scores, MAX_CANDIDATES)
+    scores, pair = highest(scores, PAIRS_PER_IMAGE)
     proposal, label = pair // classes, pair % classes
     offsets = take(offsets.unflatten(-1, (-1, 4)).flatten(1, 2), proposal * (classes + 1) + label + 1)
     boxes = clip(decode(offsets, take(proposals, proposal), weights), shapes)
@@ -104,8 +103,8 @@ def best_after_nms(boxes, scores, group, iou_threshold, limit):
 
 
 def nms_without_counting(boxes, scores, group, iou_threshold):
-    """The boxes that are kept, bool [B,N]: all images in one call of NMS, if a GPU has the memory. It waits once."""
-    parts = -(-scores.numel() // MAX_PAIRED)
+    """The boxes that are kept, bool [B,N]: as many images as allowed in one call of NMS, each of which waits once."""
+    parts = -(-scores.numel() // nms.MAX_CANDIDATES)
     if parts > 1 and len(scores) > 1:
         parts = zip(*(x.chunk(parts) for x in (boxes, scores, group)))
         return torch.cat([nms_without_counting(*part, iou_threshold) for part in parts])

@@ -5,7 +5,7 @@ from torchvision.ops.poolers import LevelMapper
 
 STRIDES = (4, 8, 16, 32)  # pixels between two cells of each level
 level_of = LevelMapper(2, 5)  # the stride of level l is 2**l
-SAMPLES = 2  # points per side of a bin
+SAMPLES = 2  # points per side of a bin; -1: one per cell of the map
 FAR = -1e6  # pixels: outside every map
 
 
@@ -42,10 +42,10 @@ def pool_on_all_levels(features, rois, level, size):
     return pooled
 
 
-def align(maps, rois, stride, size):
+def align(maps, rois, stride, size, samples=SAMPLES):
     """maps [B,C,h,w], rois [R,5], the index of the image first -> [R,C,size,size].
 
     The operator itself: under deterministic algorithms torchvision's function computes it in Python on a GPU, with
     a tensor as large as the map for every RoI. Only the order of the sums in its backward pass is not deterministic.
     """
-    return torch.ops.torchvision.roi_align(maps, rois, 1 / stride, size, size, SAMPLES, False)
+    return torch.ops.torchvision.roi_align(maps, rois, 1 / stride, size, size, samples, False)

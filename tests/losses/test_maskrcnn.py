@@ -11,6 +11,7 @@ from torchvision.ops import box_iou
 import models
 from losses import maskrcnn
 from ops.matching import BACKGROUND, IGNORE
+from tests.fake_cuda import FakeCuda
 from training import optim
 
 SIZE = (96, 128)
@@ -272,6 +273,23 @@ def test_ignored_objects_are_not_trained_on():
     for name in ("boxes", "labels", "offsets"):
         torch.testing.assert_close(with_ignored.rois[0][name], without.rois[0][name], rtol=0, atol=0)
     torch.testing.assert_close(with_ignored.mask_targets(28), without.mask_targets(28), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_gpu_gets_the_same_losses():
+    net, images = network(), torch.randn(3, 3, *SIZE)
+    targets = [*two_targets(), make_target([], [], 3)]
+    targets[0]["ignore"][1] = True
+    losses, counts, _, _ = compute(net, images, targets)
+    with FakeCuda() as gpu:
+        net.to("cuda")
+        images = images.to("cuda")
+        compute(net, images, targets)  # moves the anchors of a cell
+        gpu.waits.clear()
+        on_gpu = compute(net, images, targets)[:2]
+        assert len(gpu.waits) == 2
+        losses_of_gpu, counts_of_gpu = {name: value.cpu() for name, value in on_gpu[0].items()}, on_gpu[1].cpu()
+    torch.testing.assert_close((losses_of_gpu, counts_of_gpu), (losses, counts), rtol=1e-4, atol=1e-5)
 
 
 def test_class_weights():

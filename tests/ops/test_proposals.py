@@ -80,13 +80,13 @@ def test_detections_beyond_the_limit_of_candidates_do_not_matter(monkeypatch):
     boxes, logits, offsets = random_boxes(2, 200), torch.randn(2, 200, 5) * 2, torch.randn(2, 200, 20)
     arguments = logits, offsets, boxes, SHAPES[:2], WEIGHTS, 0.05, 0.5, 20
     expected = proposals.select_detections(*arguments)
-    monkeypatch.setattr(proposals, "MAX_CANDIDATES", 100)
+    monkeypatch.setattr(proposals, "PAIRS_PER_IMAGE", 100)
     torch.testing.assert_close(proposals.select_detections(*arguments), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("max_paired", [1, 500, 10_000])
-def test_nms_of_a_gpu_equals_that_of_a_cpu(max_paired, monkeypatch):
-    monkeypatch.setattr(proposals, "MAX_PAIRED", max_paired)
+@pytest.mark.parametrize("limit", [1, 500, 10_000])
+def test_nms_of_a_gpu_equals_that_of_a_cpu(limit, monkeypatch):
+    monkeypatch.setattr(proposals.nms, "MAX_CANDIDATES", limit)
     boxes, scores, group = random_boxes(4, 200), torch.rand(4, 200), torch.randint(0, 3, (4, 200))
     scores[0, :50] = scores[2] = -1
     boxes[0, 0] = boxes[0, 1] = float("nan")
