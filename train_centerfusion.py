@@ -50,13 +50,8 @@ def parse_args(argv):
     arg = parser.add_argument_group("radar").add_argument
     arg("--pointcloud", action="store_true", help="use radar; without it, the camera alone")
     arg("--radar-sweeps", type=cli.number(int, 1, 7), default=3, help="sweeps per radar, 1 to 6")
-    arg(
-        "--pc-z-offset",
-        type=cli.number(float, -10, 10),
-        default=0.0,
-        metavar="METERS",
-        help="raise radar points by this",
-    )
+    height = "raise radar points by this height"
+    arg("--pc-z-offset", type=cli.number(float, -10, 10), default=0.0, metavar="METERS", help=height)
     dims = "height, width and length of the pillar that a point becomes, in meters"
     arg("--pillar-dims", type=cli.numbers, default="1.5,0.2,0.2", metavar="H,W,L", help=dims)
     arg("--max-pc-dist", type=cli.non_negative, default=60.0, metavar="METERS", help="drop radar points farther away")
@@ -77,9 +72,8 @@ def parse_args(argv):
     arg("--flip-test", action="store_true", help="validate on the mean over each image and its mirror image")
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
-    published = {"batch_size": 32, "lr_batch_size": 32, "optimizer": "adam", "lr": 2.5e-4}
-    published |= {"weight_decay": 0.0, "epochs": 60, "milestones": "50", "save_epochs": "20,40,50"}
-    parser.set_defaults(model_dir="runs/centerfusion", **published)
+    published = {"batch_size": 32, "lr_batch_size": 32, "optimizer": "adam", "lr": 2.5e-4, "weight_decay": 0.0}
+    parser.set_defaults(model_dir="runs/centerfusion", epochs=60, milestones="50", save_epochs="20,40,50", **published)
     parser.add_argument("--exp-id", default="", metavar="NAME", help="the same as --model-dir runs/NAME")
     args = parser.parse(argv)
     if args.exp_id and args.model_dir == parser.get_default("model_dir"):

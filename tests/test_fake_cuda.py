@@ -5,11 +5,13 @@ import torch
 
 import models
 import predict
+import train_ssd
+from data import loader
 from models import onnx
 from tests import fake_cuda
 from tests.export_helpers import generated_images, randomize
 from tests.script_helpers import Script
-from training import checkpoint, run_folder
+from training import checkpoint, optim, run_folder
 from training.logger import Logger
 
 RUN = ["--device", "cuda", "--max-steps", 3, "--batch-size", 2, "--log-every", 99, "--validation-epochs", 99]
@@ -100,3 +102,28 @@ def test_graphs_of_export(name):
         graph = onnx.graph(models.build(name, 3), size, with_nms=name != "resnet18").to("cuda").eval()
         outputs = graph(generated_images(size, 2).float().to("cuda"))
         assert all(output.is_cuda for output in outputs)
+
+
+def test_only_the_tensors_of_a_batch_are_pinned():
+    """torch would pack the masks of the targets again, to copy them."""
+    target = {"boxes": torch.rand(2, 4), "labels": torch.zeros(2, dtype=torch.int64), "ignore": torch.zeros(2) > 0}
+    with fake_cuda.FakeCuda() as gpu:
+        _, targets = loader.collate([(torch.zeros(3, 4, 4, dtype=torch.uint8), target)])
+        pinned = torch.utils.data._utils.pin_memory.pin_memory((None, targets))[1]
+        assert pinned[0] is targets[0]
+        assert pinned.tensors["boxes"] is not targets.tensors["boxes"]
+        assert all(tensor.is_cuda for tensor in pinned.to("cuda").values())
+        assert not gpu.waits
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_an_optimizer_on_the_gpu_has_one_kernel(name):
+    words = ["--optimizer", name, "--lr", "0.1"]
+    with fake_cuda.FakeCuda() as gpu:
+        net = torch.nn.Linear(2, 2).to("cuda")
+        optimizer = optim.build(train_ssd.parse_args(words), {"all": net.parameters()}, {"all": None})
+        net(torch.ones(1, 2, device="cuda")).sum().backward()
+        gpu.waits.clear()
+        optimizer.step()
+        assert all(group["fused"] for group in optimizer.param_groups)
+        assert not gpu.waits

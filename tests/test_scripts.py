@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import models
 from tests import two_processes
 from tests.script_helpers import FLAGS, Script, copy_writable, fingerprint, last, launch, log_lines, wait_for
+from training import distributed
 from training.meter import NonFiniteLoss
 from utils.errors import DataError, UsageError
 
@@ -288,12 +289,15 @@ def test_a_folder_with_a_run_is_refused(script, run_copy):
 
 
 @pytest.mark.slow
-def test_check_data_lists_a_damaged_image(script, tmp_path):
+def test_check_data_lists_a_damaged_image(script, tmp_path, monkeypatch):
     data = copy_writable(script.data, tmp_path / "data")
     suffix = "png" if script.name == "maskrcnn" else "jpg"
     folder = {"maskrcnn": "PNGImages", "centerfusion": "samples"}.get(script.name, "")
     image = min((data / folder).rglob(f"*.{suffix}"))
+    closed, close = [], distributed.Run.close
+    monkeypatch.setattr(distributed.Run, "close", lambda run: closed.append(close(run)))
     assert script.main(tmp_path / "run", "--check-data") == {}
+    assert closed, "the process group is left"
     image.write_bytes(image.read_bytes()[:300])
     with pytest.raises(DataError, match=image.name):
         script.main(tmp_path / "run", "--check-data", data=data)

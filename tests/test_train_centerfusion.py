@@ -7,9 +7,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
+import predict
 import train_centerfusion
 from data import nuscenes
 from losses import centerfusion
+from ops import radar
 from tests.script_helpers import ROOT, Script, last
 from utils.errors import DataError, UsageError
 
@@ -77,6 +79,19 @@ def test_a_real_key_frame_trains(script, shared, tmp_path):
     more = ["--val_split", "mini_train", "--skip-missing", "--cache-dir", tmp_path / "cache", "--max-steps", 1]
     metrics = script.main(tmp_path / "run", *more, data=shared / "data/nuscenes_one_sample")
     assert metrics["loss"] > 0 and metrics["velocity"] == 0  # velocities need more than one key frame
+
+
+def test_radar_is_projected_in_full_precision(script, tmp_path, monkeypatch):
+    """Under autocast a matrix product is rounded to bf16, which moves the points by up to 14 pixels."""
+    under_autocast, project = [], radar.project
+    monkeypatch.setattr(
+        radar, "project", lambda *args: under_autocast.append(torch.is_autocast_enabled("cpu")) or project(*args)
+    )
+    script.main(tmp_path, "--max-steps", 1, "--precision", "bf16")
+    trained = len(under_autocast)
+    predict.main([str(tmp_path / "last.pt"), str(script.data), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert len(under_autocast) > trained > 0
+    assert not any(under_autocast)
 
 
 def test_flip_test_and_class_weights_change_what_they_should(script, tmp_path):

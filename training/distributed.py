@@ -321,6 +321,14 @@ def idle_gpus(args: argparse.Namespace, world_size: int) -> str:
     return f"{count} GPUs are visible, 1 is used: {command} uses all, --device cuda:0 only this one"
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a GPU, or the CPU (AMX, AVX512-BF16), computes in bfloat16 itself."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the GPU has finished its work, before a clock is read; nothing on a CPU."""
     if torch.device(device).type == "cuda":
@@ -389,10 +397,8 @@ def _gpu_numbers(gpus):
 def _choose_precision(precision, device):
     if precision not in ("auto", *DTYPES):
         raise UsageError(f"--precision {precision}: use auto, {', '.join(DTYPES)}")
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = computes_bf16(device)
     if precision == "auto":
-        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = native or any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
         return torch.bfloat16 if native else torch.float32
     if precision == "bf16" and device.type == "cuda" and not native:
         raise UsageError(

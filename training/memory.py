@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from training.distributed import Run
+from training.distributed import Run, computes_bf16
 from utils.errors import UsageError
 
 MB, GIB = 2**20, 2**30
@@ -113,7 +113,7 @@ def out_of_memory_hint(run: Run, image_size: tuple[int, int], batch_size: int, a
     if divisors:
         flag = f"--accumulate {divisors[0]} (the same batch in smaller micro-batches)"
     elif run.precision == torch.float32:
-        flag = "--precision bf16"
+        flag = f"--precision {'bf16' if computes_bf16(run.device) else 'fp16'}"
     elif batch_size > devices:
         flag = f"--batch-size {devices}"
     else:

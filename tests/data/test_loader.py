@@ -372,3 +372,9 @@ def test_one_batch_of_each_data_set():
     ((train,), (val,)) = loader.one_batch_each((samples, samples), ([2, 0], np.array([1])))
     assert [target["image_id"] for target in train[1]] == [2, 0] and train[0].shape == (2, 3, 2, 2)
     assert [target["image_id"] for target in val[1]] == [1]
+
+
+def test_workers_of_a_validation_stay_alive():
+    dataset = [sample(2, 2, []) for _ in range(4)]
+    assert loader.eval_loader(dataset, 2, Process(workers=1)).persistent_workers
+    assert not loader.eval_loader(dataset, 2).persistent_workers

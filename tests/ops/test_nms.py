@@ -8,7 +8,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.ops import clip_boxes_to_image, nms
 
-from ops.nms import multiclass_nms, retinanet_detections, ssd_detections
+from ops.nms import multiclass_nms, nms_of_groups, retinanet_detections, ssd_detections, suppress
 from tests.box_helpers import random_boxes
 
 SHAPES = [(200, 260), (240, 180)]
@@ -53,6 +53,27 @@ def test_multiclass_nms_of_a_batch_equals_single_images(random):
     for i, result in enumerate(multiclass_nms(scores, boxes, (100, 100))):
         single = multiclass_nms(scores[i : i + 1], boxes[i : i + 1], (100, 100))[0]
         torch.testing.assert_close(single, result, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("side", [100, 4000])
+def test_one_call_for_the_batch_keeps_what_a_call_per_image_keeps(random, side):
+    """A GPU gets one call for all images and classes, a CPU one for each image."""
+    count = 4 * 300
+    boxes = random_boxes(count, random, side).view(4, 300, 4)
+    scores, labels = torch.rand(4, 300, generator=random), torch.randint(5, (4, 300), generator=random)
+    valid = torch.rand(4, 300, generator=random) < 0.8
+    keep = suppress(boxes, scores, labels, valid, 0.4)
+    image, row = valid.nonzero(as_tuple=True)
+    kept = nms_of_groups(boxes[valid], scores[valid], labels[valid], image, 0.4)
+    expected = torch.zeros_like(valid)
+    expected[image[kept], row[kept]] = True
+    assert 0 < keep.sum() < valid.sum()
+    assert torch.equal(keep, expected)
+
+
+def test_nothing_is_kept_of_no_candidates(random):
+    boxes, none = random_boxes(6, random).view(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool)
+    assert torch.equal(suppress(boxes, torch.rand(2, 3), torch.zeros(2, 3, dtype=torch.int64), none, 0.5), none)
 
 
 def test_multiclass_nms_without_detections(random):

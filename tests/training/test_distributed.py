@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -333,6 +334,23 @@ def test_several_gpus_in_one_process_use_data_parallel(monkeypatch):
     ((module, device_ids),) = calls
     assert module.net is net
     assert device_ids == [0, 1]
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(1, []), (2, [0, 1])])
+def test_gradients_are_exchanged_in_the_last_micro_batch_only(world_size, expected):
+    exchange = [True]
+
+    class Wrapped:
+        @contextlib.contextmanager
+        def no_sync(self):
+            exchange.append(False)
+            yield
+            exchange.pop()
+
+    run = replace(init_device("cpu"), world_size=world_size)
+    parts = [(part, exchange[-1]) for part in run.sync_last(Wrapped(), range(3))]
+    assert [part for part, exchanges in parts if not exchanges] == expected
+    assert [part for part, _ in parts] == [0, 1, 2]
 
 
 def test_a_batch_is_split_evenly_or_refused():

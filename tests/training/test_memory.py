@@ -92,12 +92,14 @@ def test_a_full_gpu_becomes_an_error_that_names_the_next_flag():
         raise torch.OutOfMemoryError
 
 
-def test_out_of_memory_hint_names_the_next_flag():
-    run = cpu()
+def test_out_of_memory_hint_names_the_next_flag(monkeypatch):
+    run = cpu("fp32")
     assert "--accumulate 2" in memory.out_of_memory_hint(run, (300, 300), 8)
     assert "--accumulate 3" in memory.out_of_memory_hint(run, (300, 300), 6, accumulate=2)  # 4 does not divide 6
     assert "8 images of 300 x 512" in memory.out_of_memory_hint(run, (300, 512), 8)
-    assert "--precision bf16" in memory.out_of_memory_hint(run, (300, 300), 8, accumulate=8)
+    for native, precision in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(memory, "computes_bf16", lambda device, native=native: native)
+        assert f"--precision {precision}" in memory.out_of_memory_hint(run, (300, 300), 8, accumulate=8)
     half = cpu("bf16")
     assert "--batch-size 1" in memory.out_of_memory_hint(half, (300, 300), 8, accumulate=8)
     assert "smaller images" in memory.out_of_memory_hint(half, (300, 300), 1)

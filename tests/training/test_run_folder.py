@@ -341,3 +341,20 @@ def test_the_end_of_a_preflight_prints_the_peaks(tmp_path, run, capsys):
     folder, _ = opened(tmp_path, run, "--preflight")
     folder.finish(StopSignals(run), "AP", {}, [Evaluator()])
     assert capsys.readouterr().out.startswith("preflight: peak GPU memory 0 MB, RAM ")
+
+
+def test_a_signal_to_another_process_in_the_last_validation_ends_this_one_alike(tmp_path, run):
+    folder, _ = opened(tmp_path, run)
+    other = types.SimpleNamespace(max=lambda number: max(number, signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        folder.finish(StopSignals(other), "AP", {}, [])
+    assert ended.value.code == 143
+
+
+def test_a_resume_that_is_not_exact_says_why(tmp_path, run, capsys):
+    opened(tmp_path, run)[0].save()
+    opened(tmp_path, run, "--resume")
+    assert "last bits" not in capsys.readouterr().out
+    opened(tmp_path, dataclasses.replace(run, inexact="the reason"), "--resume")
+    line = "  later steps may differ from an uninterrupted run in the last bits: the reason\n"
+    assert line in capsys.readouterr().out
