@@ -94,19 +94,19 @@ def evaluate(net, val_loader, val_set, coco, num_samples=0, *, run, seed):
     samples: the first `num_samples` images with objects, (image, target, detections) each, to be drawn.
     """
     run.set_eval_mode(net)
-    sums = dict.fromkeys(maskrcnn.NORMALIZERS, torch.zeros((), dtype=torch.float64))
-    counts, samples = torch.zeros(len(maskrcnn.COUNTS), dtype=torch.float64), []
+    sums = dict.fromkeys(maskrcnn.NORMALIZERS, torch.zeros((), dtype=torch.float64, device=run.device))
+    counts, samples = torch.zeros(len(maskrcnn.COUNTS), dtype=torch.float64, device=run.device), []
     for images, targets in val_loader:
         shapes, sizes = ([tuple(target[name]) for target in targets] for name in ("shape", "size"))
         pixels = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std, shapes)
         sampled = maskrcnn.SampledTargets(targets, seed)
         with run.autocast():
             features, proposals, outputs = net.propose(pixels, shapes)
-            detections = net.detect(features, proposals, shapes)
-            outputs |= net.roi_outputs(features, shapes, *sampled.sample(proposals))
+            detections, drawn = net.detect(features, proposals, shapes, sampled.draw_rois(proposals))
+            outputs |= net.roi_outputs(features, shapes, *sampled.cut_rois(drawn))
         for name, value in maskrcnn.loss_sums(outputs, sampled).items():
-            sums[name] = sums[name] + value.double().cpu()
-        counts += maskrcnn.count(outputs, sampled).double().cpu()
+            sums[name] = sums[name] + value.double()
+        counts += maskrcnn.count(outputs, sampled)
         truth = [val_set.annotation(target["image_id"]) for target in targets]  # masks as they are in the files
         coco.update(truth, paste_masks(to_file_pixels(detections, targets), sizes))
         if len(samples) < num_samples:
@@ -193,15 +193,16 @@ def main(argv=None):
             plan.set_lr(optimizer, progress.step)
             image_ids, shapes = ([target[name] for target in targets] for name in ("image_id", "shape"))
             images = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std, shapes)
-            for part in torch.arange(len(images)).chunk(args.accumulate):  # each with its own normalizers
+            size = -(-len(images) // args.accumulate)
+            for part in (slice(i, i + size) for i in range(0, len(images), size)):  # each with its own normalizers
                 sampled = maskrcnn.SampledTargets(
-                    [targets[i] for i in part], (args.seed, progress.step + 1), rois_per_image=args.rois_per_image
+                    targets[part], (args.seed, progress.step + 1), rois_per_image=args.rois_per_image
                 )
                 with run.autocast():
-                    outputs = wrapped(images[part], [shapes[i] for i in part], sampled.sample)
+                    outputs = wrapped(images[part], shapes[part], sampled.sample)
                 counts = run.mean(maskrcnn.count(outputs, sampled)).clamp(min=1 / run.world_size)  # over all processes
                 losses = criterion(outputs, sampled, counts)
-                losses = {name: value * len(part) / len(images) for name, value in losses.items()}
+                losses = {name: value * len(shapes[part]) / len(images) for name, value in losses.items()}
                 run.scaler.scale(sum(losses.values())).backward()
                 logger.add(progress.step + 1, losses, image_ids)
             optim.step(optimizer, run.scaler, net, args.clip_norm)

@@ -16,7 +16,7 @@ from training.logger import Logger
 
 RUN = ["--device", "cuda", "--max-steps", 3, "--batch-size", 2, "--log-every", 99, "--validation-epochs", 99]
 # How often a training step and a batch of an evaluation wait for the GPU, at most; the first of each may fill caches.
-WAITS = {"backbone": (0, 3), "ssd": (0, 3), "retinanet": (0, 3), "centerfusion": (0, 3)}
+WAITS = {"backbone": (0, 3), "ssd": (0, 3), "retinanet": (0, 3), "centerfusion": (0, 3), "maskrcnn": (2, 3)}
 
 
 MORE = {"ssd": ["--validation-mean-ap"], "centerfusion": ["--flip-test"]}
@@ -24,8 +24,10 @@ SIZES = {  # network -> size of its images in predict.py
     "resnet18": {"image_size": (32, 32)},
     "mb1-ssd": {"image_size": (96, 96)},
     "retinanet_resnet18": {"min_side": 64, "max_side": 96},
+    "maskrcnn_resnet18": {"min_side": 64, "max_side": 96},
     "centerfusion_resnet18": {"image_size": (64, 128)},
 }
+SMALLER = {"maskrcnn_resnet18": {"width": 8, "hidden": 16, "proposals": 20}}
 
 
 @pytest.fixture(autouse=True)
@@ -66,12 +68,15 @@ def test_waits_of_training_and_evaluation(script, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_predict(name, drawn, tmp_path, monkeypatch):
-    net = models.build(name, 10 if "centerfusion" in name else 3)
+    net = models.build(name, 10 if "centerfusion" in name else 3, **SMALLER.get(name, {}))
     net.classes = [f"class {label}" for label in range(net.num_classes)]
     if net.name == "retinanet":
         randomize(net, (64, 96))
     checkpoint.write(tmp_path / "net.pt", {**models.describe(net, **SIZES[name]), "model": net})
-    images = drawn("centerfusion") if "centerfusion" in name else drawn("ssd") / "JPEGImages"
+    data, folder = {"centerfusion": ("centerfusion", ""), "maskrcnn": ("maskrcnn", "PNGImages")}.get(
+        name.partition("_")[0], ("ssd", "JPEGImages")
+    )
+    images = drawn(data) / folder
     batches = []
     with fake_cuda.FakeCuda() as gpu:
         original = predict.batches

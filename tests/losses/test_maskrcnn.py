@@ -3,12 +3,15 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.mask_rcnn import MaskRCNN
+from torchvision.ops import box_iou
 
 import models
 from losses import maskrcnn
 from ops.matching import BACKGROUND, IGNORE
+from tests.fake_cuda import FakeCuda
 from training import optim
 
 SIZE = (96, 128)
@@ -85,8 +88,11 @@ def test_losses_and_gradients_equal_torchvision(monkeypatch):
     samples, sample_balanced = [], maskrcnn.sample_balanced
 
     def recorded(matched, *rest):
-        samples.append((matched, *sample_balanced(matched, *rest)))
-        return samples[-1][1:]
+        index, drawn = sample_balanced(matched, *rest)
+        real = matched != IGNORE if len(samples) < 2 else torch.ones_like(matched, dtype=torch.bool)  # RoIs are first
+        rows = zip(matched, real, real.cumsum(1) - 1, index, drawn)  # torchvision's candidates are without padding
+        samples.extend((m[r], order[i[d >= 0]], order[i[d == BACKGROUND]]) for m, r, order, i, d in rows)
+        return index, drawn
 
     monkeypatch.setattr(maskrcnn, "sample_balanced", recorded)
     net = network(width=256, hidden=1024, proposals=100)
@@ -122,7 +128,7 @@ def test_without_objects():
     for name, parameter in net.named_parameters():
         trained = "bn" not in name and "downsample.1" not in name
         assert (parameter.grad is not None and parameter.grad.isfinite().all()) == trained, name
-    assert sampled.sample([torch.zeros(0, 4)] * 2)[1][0].shape == (0, 4)
+    assert sampled.sample(torch.zeros(2, 0, 4))[1][0].shape == (0, 4)
 
 
 def test_two_processes_equal_one():
@@ -159,23 +165,43 @@ def proposals(number=60):
 
 
 def test_samples_depend_on_seed_step_and_image_alone():
-    candidates, targets = [proposals(), proposals()], two_targets()
+    candidates, targets = torch.stack([proposals(), proposals()]), two_targets()
     limits = {"rois_per_image": 16}
     rois, positives = maskrcnn.SampledTargets(targets, (3, 5), **limits).sample(candidates)
     torch.rand(7)  # torch's global generator has no influence
-    again = maskrcnn.SampledTargets(targets[::-1], (3, 5), **limits).sample(candidates[::-1])
+    again = maskrcnn.SampledTargets(targets[::-1], (3, 5), **limits).sample(candidates.flip(0))
     torch.testing.assert_close(again, (rois[::-1], positives[::-1]), rtol=0, atol=0)
     for seed, image_id in (((4, 5), 7), ((3, 6), 7), ((3, 5), 8)):
         target = {**targets[0], "image_id": image_id}
         other = maskrcnn.SampledTargets([target], seed, **limits).sample(candidates[:1])
         assert not torch.equal(other[0][0], rois[0])
-    fewer = maskrcnn.SampledTargets(targets[:1], (3, 5), **limits).sample([candidates[0][:-1]])[0][0]
+    fewer = maskrcnn.SampledTargets(targets[:1], (3, 5), **limits).sample(candidates[:1, :-1])[0][0]
     same = sum(any(torch.equal(a, b) for b in fewer) for a in rois[0])
     assert same >= 14  # without one proposal, only it and the objects' boxes, which have other numbers, are replaced
 
 
+def test_samples_of_an_image_do_not_depend_on_the_batch():
+    """Nor do those without objects, or with objects to ignore; each has another number of proposals."""
+    targets = [*two_targets(), make_target([], [], 3), make_target([[90, 80, 120, 94], [5, 5, 30, 30]], [0, 1], 4)]
+    targets[3]["ignore"][0] = True
+    candidates, anchors = torch.stack([proposals() for _ in targets]), proposals(400)
+    for image, count in ((1, 50), (3, 20)):
+        candidates[image, count:] = 0
+    sampled = maskrcnn.SampledTargets(targets, (0, 1), 40, 24)
+    sampled.sample(candidates)
+    for i, (target, count) in enumerate(zip(targets, (60, 50, 60, 20))):
+        alone = maskrcnn.SampledTargets([target], (0, 1), 40, 24)
+        alone.sample(candidates[i : i + 1, :count])
+        torch.testing.assert_close(sampled.rois[i], alone.rois[0], rtol=0, atol=0)
+        assert (alone.rois[0]["boxes"][:, 2] > 0).all() and len(alone.rois[0]["boxes"]) > 8
+        ours, theirs = ([x[j] for x in each.anchor_targets(anchors)] for each, j in ((sampled, i), (alone, 0)))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    counts = sampled.counts(anchors).tolist()
+    assert counts[1:] == [sum(len(roi[name]) for roi in sampled.rois) for name in ("labels", "object_index")]
+
+
 def test_rois_with_objects_come_first(monkeypatch):
-    targets, candidates = two_targets(), [proposals(), proposals()]
+    targets, candidates = two_targets(), torch.stack([proposals(), proposals()])
     sampled = maskrcnn.SampledTargets(targets, (0, 0), rois_per_image=20)
     rois, positives = sampled.sample(candidates)
     for target, boxes, own, roi in zip(targets, rois, positives, sampled.rois, strict=True):
@@ -194,8 +220,8 @@ def test_box_and_mask_targets():
     """A RoI that equals its object's box has offsets of 0, and as its target the mask within the box."""
     target = make_target([[20, 10, 76, 66], [4, 4, 32, 32]], [1, 0], 0)
     sampled = maskrcnn.SampledTargets([target], (0, 0))
-    sampled.sample([torch.tensor([[34.0, 10, 90, 66]])])  # the first box, moved right by a quarter of its width
-    index, offsets, masks = sampled.rois[0]["object_index"], sampled.rois[0]["offsets"], sampled.mask_targets(28)
+    sampled.sample(torch.tensor([[[34.0, 10, 90, 66]]]))  # the first box, moved right by a quarter of its width
+    index, offsets, masks = sampled.rois[0]["object_index"], sampled.rois[0]["offsets"][:3], sampled.mask_targets(28)
     moved = sampled.rois[0]["boxes"][: len(index), 0] == 34
     torch.testing.assert_close(offsets[moved], torch.tensor([[-2.5, 0, 0, 0]]))
     torch.testing.assert_close(offsets[~moved], torch.zeros(2, 4))
@@ -207,21 +233,30 @@ def test_box_and_mask_targets():
     assert not masks[moved][0][:, 22:].any()
 
 
-@pytest.mark.parametrize("matcher", [maskrcnn.ANCHOR_MATCHER, maskrcnn.ROI_MATCHER])
-def test_candidates_on_an_ignored_object_are_not_sampled(matcher):
-    boxes, ignored = torch.tensor([[0.0, 0, 20, 20]]), torch.tensor([[30.0, 0, 60, 30]])
-    candidates = torch.tensor([[0.0, 0, 20, 20], [31, 1, 60, 30], [50, 20, 80, 50], [80, 80, 90, 90], [15, 0, 33, 20]])
-    matched = maskrcnn.match(boxes, ignored, candidates, matcher)
+@pytest.mark.parametrize("rules", [maskrcnn.ANCHOR_MATCHING, maskrcnn.ROI_MATCHING])
+def test_candidates_on_an_ignored_object_are_not_sampled(rules):
+    boxes = torch.tensor([[0.0, 0, 20, 20], [30, 0, 60, 30]]).expand(3, -1, -1)
+    candidates = [[0.0, 0, 20, 20], [31, 1, 60, 30], [50, 20, 80, 50], [80, 80, 90, 90], [15, 0, 33, 20]]
+    labels = torch.tensor([[2, IGNORE], [BACKGROUND, IGNORE], [2, BACKGROUND]])  # BACKGROUND is padding
+    matched = maskrcnn.match(boxes, labels, torch.tensor(candidates).expand(3, -1, -1), **rules)
     assert matched.tolist() == [
-        0,
-        IGNORE,
-        IGNORE,
-        BACKGROUND,
-        BACKGROUND,
-    ]  # the last has a larger IoU with the real one
-    assert maskrcnn.match(boxes[:0], ignored, candidates, matcher).tolist() == [-1, IGNORE, IGNORE, -1, IGNORE]
-    assert maskrcnn.match(boxes, ignored[:0], candidates, matcher).tolist() == [0, -1, -1, -1, -1]
-    assert maskrcnn.match(boxes, ignored, candidates[:0], matcher).tolist() == []
+        [0, IGNORE, IGNORE, BACKGROUND, BACKGROUND],  # the last has a larger IoU with the real one
+        [BACKGROUND, IGNORE, IGNORE, BACKGROUND, IGNORE],
+        [0, BACKGROUND, BACKGROUND, BACKGROUND, BACKGROUND],
+    ]
+
+
+@pytest.mark.parametrize("rules", [maskrcnn.ANCHOR_MATCHING, maskrcnn.ROI_MATCHING])
+def test_matches_are_torchvisions(rules):
+    """Also where several candidates are equally good for a box: corners are whole pixels."""
+    corner, size = torch.randint(0, 40, (2, 300, 2)), torch.randint(8, 30, (2, 300, 2))
+    candidates = torch.cat([corner, corner + size], dim=-1).float()
+    boxes, labels = candidates[:, :6] + 3, torch.tensor([[0, 1, 2, 0, 1, 2], [1, 1, 0, 2] + 2 * [BACKGROUND]])
+    matcher = Matcher(rules["threshold"], rules["low"], allow_low_quality_matches=rules["keep_best"])
+    matched = maskrcnn.match(boxes, labels, candidates, **rules)
+    for image, count in ((0, 6), (1, 4)):
+        assert torch.equal(matched[image], matcher(box_iou(boxes[image, :count], candidates[image])))
+    assert len(set(matched.flatten().tolist())) >= 6
 
 
 def test_ignored_objects_are_not_trained_on():
@@ -231,10 +266,30 @@ def test_ignored_objects_are_not_trained_on():
     used = {name: target[name][[0, 2]] for name in ("boxes", "labels", "masks", "ignore")}
     with_ignored, without = (maskrcnn.SampledTargets([each], (0, 0)) for each in (target, {**used, "image_id": 7}))
     for sampled in (with_ignored, without):
-        sampled.sample([used["boxes"] + 1])
+        sampled.sample(used["boxes"][None] + 1)
     assert set(with_ignored.rois[0]["labels"].tolist()) == {2, 3}
-    torch.testing.assert_close(with_ignored.rois, without.rois, rtol=0, atol=0)
+    index, expected = (sampled.rois[0]["object_index"].tolist() for sampled in (with_ignored, without))
+    assert index == [(0, 2)[i] for i in expected]
+    for name in ("boxes", "labels", "offsets"):
+        torch.testing.assert_close(with_ignored.rois[0][name], without.rois[0][name], rtol=0, atol=0)
     torch.testing.assert_close(with_ignored.mask_targets(28), without.mask_targets(28), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_gpu_gets_the_same_losses():
+    net, images = network(), torch.randn(3, 3, *SIZE)
+    targets = [*two_targets(), make_target([], [], 3)]
+    targets[0]["ignore"][1] = True
+    losses, counts, _, _ = compute(net, images, targets)
+    with FakeCuda() as gpu:
+        net.to("cuda")
+        images = images.to("cuda")
+        compute(net, images, targets)  # moves the anchors of a cell
+        gpu.waits.clear()
+        on_gpu = compute(net, images, targets)[:2]
+        assert len(gpu.waits) == 2
+        losses_of_gpu, counts_of_gpu = {name: value.cpu() for name, value in on_gpu[0].items()}, on_gpu[1].cpu()
+    torch.testing.assert_close((losses_of_gpu, counts_of_gpu), (losses, counts), rtol=1e-4, atol=1e-5)
 
 
 def test_class_weights():

@@ -8,6 +8,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import models
 from models import maskrcnn, pretrained
+from tests.fake_cuda import FakeCuda
 from tests.model_helpers import (
     assert_each_parameter_in_one_group,
     assert_stages_are_the_backbone,
@@ -179,8 +180,27 @@ def test_detections_and_raw_outputs_of_one_pass():
     with torch.no_grad():
         features, proposals, outputs = net.propose(images, shapes)
         assert_same_detections(net.detect(features, proposals, shapes), net(images, shapes))
+        detections, copy = net.detect(features, proposals, shapes, outputs["anchors"])
+        assert_same_detections(detections, net(images, shapes))
+        assert torch.equal(copy, outputs["anchors"])
         outputs |= net.roi_outputs(features, shapes, *sample(proposals))
         torch.testing.assert_close(outputs, net(images, shapes, sample))
+
+
+def test_a_gpu_gets_the_same_with_padding():
+    net = small().eval()
+    images, shapes = torch.randn(2, 3, 96, 96), [(96, 96), (70, 80)]
+    with torch.no_grad():
+        expected = net(images, shapes), net(images, shapes, take_first(9, 4))
+        with FakeCuda() as gpu:
+            net.to("cuda")
+            images = images.to("cuda")
+            outputs = {name: x.cpu() for name, x in net(images, shapes, take_first(9, 4)).items()}
+            gpu.waits.clear()
+            detections = net(images, shapes)
+            assert len(gpu.waits) == 3
+    assert_same_detections(detections, expected[0])
+    torch.testing.assert_close(outputs, expected[1], rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_parts_get_no_gradient():
@@ -222,7 +242,7 @@ def test_autocast_on_a_cpu():
             features, proposals, outputs = net.propose(images, shapes)
             half = net(images, shapes, lambda proposals: ([boxes, boxes], [boxes, boxes]))
             detections = net(images, shapes)
-    assert {x.dtype for x in (*features.values(), *proposals, outputs["anchors"])} == {torch.float32}
+    assert {x.dtype for x in (*features, proposals, outputs["anchors"])} == {torch.float32}
     torch.testing.assert_close(half["anchors"], expected["anchors"], rtol=0, atol=0)
     for name in ("objectness", "deltas", "logits", "offsets", "masks"):
         difference = (half[name].float() - expected[name]).norm() / expected[name].norm()
