@@ -378,3 +378,9 @@ def test_workers_of_a_validation_stay_alive():
     dataset = [sample(2, 2, []) for _ in range(4)]
     assert loader.eval_loader(dataset, 2, Process(workers=1)).persistent_workers
     assert not loader.eval_loader(dataset, 2).persistent_workers
+
+
+def test_a_process_validates_its_part_of_the_batch_at_once():
+    dataset = [sample(2, 2, []) for _ in range(12)]
+    batches = list(loader.eval_loader(dataset, 6, Process(rank=1, world_size=3)))
+    assert [len(images) for images, _ in batches] == [2, 2]
