@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo chain test test-fast test-gpu lint format bench docs-images clean
+.PHONY: setup demo chain test test-fast test-gpu lint format bench bench-gpu docs-images clean
 
 setup: .venv/done
 
@@ -49,6 +49,9 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks gpu
 
 # The images in docs/images, from networks trained on synthetic data.
 docs-images: setup
