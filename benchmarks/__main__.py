@@ -89,13 +89,14 @@ def worker_count(text):
     return distributed.cores() if text == "auto" else cli.count(text)
 
 
-def command_lines(argv):
-    """The command lines, as lists of words, that `argv` stands for."""
+def parse_all(argv):
+    """The flags of every benchmark that a command line runs."""
+    lines = [argv]
     if not argv:
-        return [line.split() for line in QUICK]
-    if argv[0] == "gpu":
-        return [f"{line} {GPU_FLAGS}".split() + argv[1:] for line in GPU]
-    return [argv]
+        lines = [line.split() for line in QUICK]
+    elif argv[0] == "gpu":
+        lines = [f"{line} {GPU_FLAGS}".split() + argv[1:] for line in GPU]
+    return [parse_args(line) for line in lines]
 
 
 def interleave(runs, rounds):
@@ -188,12 +189,11 @@ def compare_tables(args, folder):
 def main(argv=None):
     """Run a benchmark, that of `gpu`, or without arguments the quick set. Prints the table, and returns its rows."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = command_lines(argv)
     compare = {"loader": compare_loaders, "tables": compare_tables}
     rows = [HEADER]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for args in map(parse_args, commands):
+            for args in parse_all(argv):
                 rows += compare.get(args.benchmark, compare_scripts)(args, Path(folder))
         finally:  # after an error, such as a full GPU, the rows before it
             if len(rows) > 1:

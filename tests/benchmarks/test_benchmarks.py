@@ -131,7 +131,7 @@ def test_empty_columns_are_left_out_of_the_table():
 
 
 def test_set_for_gpus_has_valid_flags_which_others_replace():
-    parsed = [command_line.parse_args(words) for words in command_line.command_lines(["gpu", "--batch-size", "1"])]
+    parsed = command_line.parse_all(["gpu", "--batch-size", "1"])
     assert [args.benchmark for args in parsed] == ["backbone", "ssd", "ssd", "retinanet", "maskrcnn", "centerfusion"]
     for args in parsed:
         assert (args.device, args.deterministic, args.batch_size) == ("cuda", False, 1)
@@ -165,7 +165,7 @@ def test_peak_memory_is_that_of_a_gpu(tmp_path, monkeypatch):
 
 
 def test_quick_set_has_valid_flags_and_every_benchmark():
-    names = [command_line.parse_args(line.split()).benchmark for line in command_line.QUICK]
+    names = [args.benchmark for args in command_line.parse_all([])]
     assert names == ["tables", "loader", *command_line.DEFAULTS]
 
 

@@ -3,12 +3,12 @@
 import math
 
 import pytest
-import torch
 
 from tests import test_fake_cuda
 from tests.gpu.conftest import DEVICE, RUN, STEPS
 from tests.gpu.recording import record
 from tests.script_helpers import FLAGS, Script, fingerprint, last
+from training import checkpoint
 
 needs_cuda = pytest.mark.needs_cuda
 PRECISIONS = ["fp32", "bf16", pytest.param("fp16", marks=needs_cuda)]  # on a CPU fp16 only warns
@@ -33,7 +33,7 @@ def test_losses_and_weights_are_finite(name, precision, trained):
     checked = slice(STEPS // 2 if precision == "fp16" else 0, None)  # the GradScaler leaves out the first steps
     assert len(seen.losses) == STEPS
     assert all(map(math.isfinite, totals(seen)[checked])), totals(seen)
-    saved, start = last(seen.out), torch.load(seen.out / "step_000010.pt")
+    saved, start = last(seen.out), checkpoint.read(seen.out / "step_000010.pt")
     assert saved["step"] == STEPS
     assert all(value.isfinite().all() for value in saved["model"].values())
     changed = [name for name in seen.gradients if not saved["model"][name].equal(start["model"][name])]
