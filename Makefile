@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo chain test test-fast lint format bench docs-images clean
+.PHONY: setup demo chain test test-fast test-gpu lint format bench bench-gpu docs-images clean
 
 setup: .venv/done
 
@@ -29,11 +29,15 @@ chain: setup
 
 # One process per core: each test uses one thread.
 test: setup
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto -m "not gpu"
 
 # Without the tests of whole programs, which train networks, and of real data.
 test-fast: setup
-	$(BIN)/python -m pytest -q -n auto -m "not slow and not realdata"
+	$(BIN)/python -m pytest -q -n auto -m "not slow and not realdata and not gpu"
+
+# What only a GPU can show; without one, one line says so. In one process: a GPU is not shared.
+test-gpu: setup
+	$(BIN)/python -m tests.gpu
 
 lint: setup
 	$(BIN)/ruff check .
@@ -45,6 +49,9 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks gpu
 
 # The images in docs/images, from networks trained on synthetic data.
 docs-images: setup

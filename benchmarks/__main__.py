@@ -1,6 +1,7 @@
 """The command line of the benchmarks. See the docstring of the package, or python -m benchmarks --help."""
 
 import argparse
+import gc
 import itertools
 import sys
 import tempfile
@@ -8,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import torch
 from tqdm import tqdm
 
 import benchmarks
 import synthetic
 from benchmarks import loading, nuscenes_tables, programs
 from benchmarks.programs import Speed
-from training import cli
+from training import cli, distributed
 
 DEFAULTS = {  # script -> layout of its drawn data set, arch, size, batch size
     "backbone": ("imagefolder", "resnet18", 224, 8),
@@ -33,14 +35,24 @@ QUICK = (  # the command lines that `python -m benchmarks` runs
     "maskrcnn --size 128 --steps 4 --rounds 2 --precision fp32",
     "centerfusion --size 128 --steps 5 --rounds 2",
 )
-HEADER = ("setting", "program", "speed", "waiting", "compared with", "speed", "waiting", "ratio", "range", "no waiting")
+GPU = (  # those of `python -m benchmarks gpu`; batch sizes are meant for 16 GB
+    "backbone --arch resnet50 --size 224 --batch-size 64",
+    "ssd --arch mb1-ssd --size 300 --batch-size 32",
+    "ssd --arch vgg16-ssd --size 300 --batch-size 16",
+    "retinanet --arch retinanet_resnet50 --size 608 --batch-size 4",
+    "maskrcnn --arch maskrcnn_resnet50 --size 800 --batch-size 2",
+    "centerfusion --arch centerfusion_dla34 --size 448 --batch-size 8",
+)
+GPU_FLAGS = "--device cuda --no-deterministic --workers auto --steps 120 --log-every 20 --rounds 2"
+OF_A_PROGRAM = ("speed", "waiting", "memory")
+HEADER = ("setting", "program", *OF_A_PROGRAM, "compared with", *OF_A_PROGRAM, "ratio", "range", "no waiting")
 
 
 def parse_args(argv):
     formatter = {"formatter_class": cli.HelpFormatter}
     parser = argparse.ArgumentParser("python -m benchmarks", description=benchmarks.__doc__, **formatter)
     names = ("tables", "loader", *DEFAULTS)
-    listed = f"{', '.join(names)}; its flags: BENCHMARK --help"
+    listed = f"{', '.join(names)}, gpu; its flags: BENCHMARK --help"
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK", help=listed)
     for name in names:
         arg = commands.add_parser(name, **formatter).add_argument
@@ -49,7 +61,8 @@ def parse_args(argv):
             arg("--copies", type=cli.positive, default=8000, help="size of the tables; 8000: that of v1.0-trainval")
             continue
         arg("--folder", type=Path, help="keep the drawn data sets here; else they are temporary")
-        arg("--workers", type=cli.count, default=int(name == "loader"), help="data loading processes")
+        workers = "data loading processes; auto: one per CPU core"
+        arg("--workers", type=worker_count, default=int(name == "loader"), metavar="auto|N", help=workers)
         if name == "loader":
             continue
         layout, arch, size, batch_size = DEFAULTS[name]
@@ -60,8 +73,10 @@ def parse_args(argv):
         arg("--steps", type=cli.number(int, 2), default=9, help="steps per run; the first --log-every are a warm-up")
         arg("--log-every", type=cli.positive, default=1, help="steps that are timed together; on a GPU 10 or more")
         arg("--device", default="auto", help="auto, cpu, cuda, or one GPU such as cuda:1")
-        precisions = ("fp32", "bf16")
-        arg("--precision", nargs="+", choices=precisions, default=[*precisions], help="of the forward pass, in turn")
+        precision = {"choices": ("fp32", "bf16", "fp16"), "default": ["fp32", "bf16"]}
+        arg("--precision", nargs="+", help="of the forward pass, in turn", **precision)
+        kernels = "let the script use what torchvision's loop uses: TF32 and faster kernels on a GPU"
+        arg("--no-deterministic", dest="deterministic", action="store_false", help=kernels)
         arg("--variants", nargs="+", choices=VARIANTS, default=[], help="also compare the script with these flags")
     args = parser.parse_args(argv)
     if args.benchmark in DEFAULTS and args.steps < 2 * args.log_every:
@@ -69,10 +84,27 @@ def parse_args(argv):
     return args
 
 
+def worker_count(text):
+    """A `type=` for --workers."""
+    return distributed.cores() if text == "auto" else cli.count(text)
+
+
+def parse_all(argv):
+    """The flags of every benchmark that a command line runs."""
+    lines = [argv]
+    if not argv:
+        lines = [line.split() for line in QUICK]
+    elif argv[0] == "gpu":
+        lines = [f"{line} {GPU_FLAGS}".split() + argv[1:] for line in GPU]
+    return [parse_args(line) for line in lines]
+
+
 def interleave(runs, rounds):
     """Call the functions of `runs` (by name) in turn, `rounds` times: {name: its results}."""
     results = {name: [] for name in runs}
     for _, name in tqdm(list(itertools.product(range(rounds), runs)), unit="run", disable=None):
+        gc.collect()  # what the run before left on a GPU is not in the peak of this one
+        torch.cuda.empty_cache()
         results[name].append(runs[name]())
     return results
 
@@ -82,13 +114,16 @@ def row(setting, program, speeds, reference, reference_speeds):
     cells = [setting]
     for name, each in ((program, speeds), (reference, reference_speeds)):
         cells += [name, f"{median(s.per_second for s in each):.4g}", f"{median(s.data_wait for s in each):.0%}"]
+        peak = max(s.memory for s in each)
+        cells.append(f"{peak:.0f} MB" if peak else "")
     ratios = [a.per_second / b.per_second for a, b in zip(speeds, reference_speeds)]
     no_waiting = [a.without_wait / b.without_wait for a, b in zip(speeds, reference_speeds)]
     return [*cells, f"{median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}", f"{median(no_waiting):.2f}"]
 
 
 def table(rows):
-    """Rows of text as a Markdown table with aligned columns."""
+    """Rows of text as a Markdown table with aligned columns; those that are empty in all rows are left out."""
+    rows = list(zip(*(column for column in zip(*rows) if any(column[1:]))))
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
@@ -102,7 +137,7 @@ def draw(layout, folder, images=60):
 
 def compare_scripts(args, folder):
     """A training script with torchvision, with its network alone, and with itself with the flags of --variants."""
-    images = max(60, 2 * args.steps * args.batch_size)  # no epoch ends in the time that is measured
+    images = max(60, 4 * args.batch_size)
     data = args.data or draw(DEFAULTS[args.benchmark][0], args.folder or folder, images)
     runs = {}
     for precision in args.precision:
@@ -152,15 +187,17 @@ def compare_tables(args, folder):
 
 
 def main(argv=None):
-    """Run a benchmark, or without arguments the quick set. Prints the table, and returns its rows."""
+    """Run a benchmark, that of `gpu`, or without arguments the quick set. Prints the table, and returns its rows."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = [argv] if argv else [line.split() for line in QUICK]
     compare = {"loader": compare_loaders, "tables": compare_tables}
     rows = [HEADER]
     with tempfile.TemporaryDirectory() as folder:
-        for args in map(parse_args, commands):
-            rows += compare.get(args.benchmark, compare_scripts)(args, Path(folder))
-    print(table(rows))
+        try:
+            for args in parse_all(argv):
+                rows += compare.get(args.benchmark, compare_scripts)(args, Path(folder))
+        finally:  # after an error, such as a full GPU, the rows before it
+            if len(rows) > 1:
+                print(table(rows))
     return rows
 
 

@@ -1,7 +1,7 @@
 """The programs that are timed: a training script, its network alone, torchvision's network in a plain loop.
 
 args        flags of benchmarks.__main__ for a training script
-precision   fp32 or bf16
+precision   fp32, bf16 or fp16
 data        folder of the data set
 folder      the run folder, which gets overwritten
 """
@@ -13,6 +13,7 @@ import json
 import math
 from statistics import median
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torchvision
@@ -26,17 +27,20 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms import v2
 
 import models
-from training import distributed, optim
+from training import distributed, memory, optim
 from training.logger import Logger
+from training.plan import Plan
 
 FROZEN_BN = ("retinanet", "maskrcnn")  # the scripts whose default is frozen batch norm
 
 
 class Speed(NamedTuple):
-    """Images per second, and the share of the time spent waiting for data."""
+    """Images per second, the share of the time spent waiting for data, and the peak memory of the GPU in MB, 0 on a
+    CPU."""
 
     per_second: float
     data_wait: float = 0.0
+    memory: float = 0.0
 
     @property
     def without_wait(self) -> float:
@@ -63,8 +67,11 @@ def script(args, precision, data, folder, flags=""):
     flags += f" --arch {args.arch} --weights none --batch-size {args.batch_size} --max-steps {args.steps}"
     flags += f" --device {args.device} --precision {precision} --workers {args.workers} --log-every {args.log_every}"
     flags += " --optimizer sgd --lr 1e-5 --clip-norm 0 --log-level warning --overwrite"
+    flags += "" if args.deterministic else " --no-deterministic"
     train = importlib.import_module(f"train_{args.benchmark}")
-    with contextlib.redirect_stdout(io.StringIO()):
+    # No epoch ends in the time that is measured: it would be saved and validated, and data sets here are small.
+    no_epochs = mock.patch.object(Plan, "epochs_completed", return_value=0)
+    with contextlib.redirect_stdout(io.StringIO()), no_epochs:
         train.main([*flags.split(), "--data", str(data), "--model-dir", str(folder)])
     return read_speed(args, folder)
 
@@ -72,6 +79,7 @@ def script(args, precision, data, folder, flags=""):
 def network_alone(args, precision, data, folder):
     """Speed of the script's network on one batch. Not for Mask R-CNN: its forward pass in training needs targets."""
     run = distributed.init_device(args.device, precision=precision)
+    use_kernels(args, args.deterministic)
     net = build_network(args, num_classes=10).to(run.device, memory_format=torch.channels_last)
     optim.set_train_mode(net, freeze_bn=args.benchmark in FROZEN_BN)
     images = torch.randn(args.batch_size, 3, *image_size(args), device=run.device)
@@ -83,6 +91,11 @@ def network_alone(args, precision, data, folder):
         return sum(output.float().sum() for output in (outputs.values() if isinstance(outputs, dict) else [outputs]))
 
     return plain_loop(args, run, folder, net, [images] * args.steps, sum_of_outputs)
+
+
+def use_kernels(args, deterministic):
+    """What --deterministic and --no-deterministic of the script set."""
+    distributed.set_deterministic(deterministic, fixed_size=args.benchmark not in FROZEN_BN)
 
 
 def build_network(args, num_classes):
@@ -98,8 +111,9 @@ def plain_loop(args, run, folder, net, batches, loss_of):
         for step, batch in enumerate(logger.steps(batches), start=1):
             with run.autocast():
                 loss = loss_of(batch)
-            loss.backward()
-            optimizer.step()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimizer)
+            run.scaler.update()
             optimizer.zero_grad()
             if step % args.log_every == 0:
                 distributed.synchronize(run.device)
@@ -108,10 +122,12 @@ def plain_loop(args, run, folder, net, batches, loss_of):
 
 
 def read_speed(args, folder):
-    """The medians of what the logger wrote, without the first time, a warm-up."""
+    """The medians and the peak of what the logger wrote, without the first time, a warm-up."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     lines = [line for line in lines if line["step"] > args.log_every and "speed/data_wait" in line]
-    return Speed(*(median(line[f"speed/{name}"] for line in lines) for name in ("images_per_second", "data_wait")))
+    speed, wait = (median(line[f"speed/{name}"] for line in lines) for name in ("images_per_second", "data_wait"))
+    on_gpu = memory.peak_gpu() > 0  # else the logger writes the RAM that this process has ever used
+    return Speed(speed, wait, max(line["speed/peak_memory_mb"] for line in lines) if on_gpu else 0.0)
 
 
 def in_torchvision(args):
@@ -128,8 +144,7 @@ def in_torchvision(args):
 def torchvision_loop(args, precision, data, folder):
     """Speed of torchvision's network."""
     run = distributed.init_device(args.device, precision=precision)
-    torch.use_deterministic_algorithms(False)  # torch's own defaults, which the scripts change
-    torch.backends.cudnn.deterministic = False
+    use_kernels(args, deterministic=False)  # as by torch's own default
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         dataset, num_classes = labeled_images(args, data) if args.benchmark == "backbone" else boxes(args, data)
     net = torchvision_network(args, num_classes).to(run.device).train()

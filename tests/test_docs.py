@@ -22,7 +22,7 @@ COMMAND = re.compile(
     r"(?:python|torchrun [^`]*?) ((?:train_\w+|predict|export)\.py [^`\n]*|-m (?:synthetic|benchmarks)[^`\n]*)"
 )
 SCRIPTS = sorted(ROOT.glob("*.py"))
-PARSERS = {"synthetic": synthetic.parse_args, "benchmarks": benchmarks.parse_args}
+PARSERS = {"synthetic": synthetic.parse_args, "benchmarks": benchmarks.parse_all}
 
 
 def lines_of(text):

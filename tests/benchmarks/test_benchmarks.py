@@ -12,6 +12,8 @@ from benchmarks import __main__ as command_line
 from benchmarks import nuscenes_tables, programs
 from benchmarks.programs import Speed
 from data.nuscenes import tables
+from tests.script_helpers import Script, log_lines
+from training import distributed
 
 pytestmark = pytest.mark.slow
 TINY = "--size 96 --batch-size 2 --steps 2 --rounds 1 --device cpu"
@@ -35,7 +37,7 @@ def test_script_is_compared_with_every_reference(benchmark, flags, references, d
     data = drawn(DRAWN_FOR.get(benchmark, benchmark))
     header, *rows = command_line.main([benchmark, *TINY.split(), *flags.split(), "--data", str(data)])
     precisions = [word for word in flags.split() if word in ("fp32", "bf16")]
-    assert [row[4] for row in rows] == references * len(precisions)
+    assert [row[header.index("compared with")] for row in rows] == references * len(precisions)
     for row, precision in zip(rows, np.repeat(precisions, len(references)), strict=True):
         assert row[0].endswith(precision)
         assert row[1] == "script"
@@ -80,17 +82,17 @@ def test_torchvision_network_is_as_large_as_ours(benchmark):
 
 def test_loaders_are_compared_with_pillow(drawn, monkeypatch, capsys):
     monkeypatch.setattr(command_line, "draw", lambda layout, folder: drawn(DRAWN_LAYOUT[layout]))
-    _, *rows = command_line.main(["loader", "--rounds", "1", "--workers", "0"])
+    header, *rows = command_line.main(["loader", "--rounds", "1", "--workers", "0"])
     assert [row[0].split()[0] for row in rows] == ["backbone", "ssd", "retinanet", "centerfusion"]
-    assert all(float(row[2]) > 0 and row[4] == "Pillow" for row in rows)
+    assert all(float(row[2]) > 0 and row[header.index("compared with")] == "Pillow" for row in rows)
     assert capsys.readouterr().out.count("loader, without workers") == 4
 
 
 def test_cached_tables_are_compared_with_parsing():
-    _, row = command_line.main(["tables", "--copies", "2", "--rounds", "1"])
+    header, row = command_line.main(["tables", "--copies", "2", "--rounds", "1"])
     assert row[0] == "nuScenes tables, 16 samples"
     assert float(row[2]) > 0
-    assert float(row[5]) > 0
+    assert float(row[header.index("ratio")]) > 0
 
 
 def test_copies_of_the_tables_are_whole_and_separate(tmp_path):
@@ -117,13 +119,53 @@ def test_speed_is_the_median_after_the_warm_up(tmp_path):
 
 
 def test_row_has_the_median_ratio_with_and_without_waiting():
-    speeds, reference = [Speed(8.0, 0.5), Speed(2.0), Speed(6.0)], [Speed(4.0), Speed(2.0), Speed(2.0)]
+    speeds, reference = [Speed(8.0, 0.5), Speed(2.0), Speed(6.0)], [Speed(4.0, 0, 30), Speed(2.0, 0, 31), Speed(2.0)]
     row = command_line.row("setting", "script", speeds, "torchvision", reference)
-    assert row == ["setting", "script", "6", "0%", "torchvision", "2", "0%", "2.00", "1.00 to 3.00", "3.00"]
+    reference_cells = ["torchvision", "2", "0%", "31 MB"]
+    assert row == ["setting", "script", "6", "0%", "", *reference_cells, "2.00", "1.00 to 3.00", "3.00"]
+
+
+def test_empty_columns_are_left_out_of_the_table():
+    rows = [("a", "b", "c"), ("1", "", "2"), ("3", "", "")]
+    assert command_line.table(rows) == "| a | c |\n| - | - |\n| 1 | 2 |\n| 3 |   |"
+
+
+def test_set_for_gpus_has_valid_flags_which_others_replace():
+    parsed = command_line.parse_all(["gpu", "--batch-size", "1"])
+    assert [args.benchmark for args in parsed] == ["backbone", "ssd", "ssd", "retinanet", "maskrcnn", "centerfusion"]
+    for args in parsed:
+        assert (args.device, args.deterministic, args.batch_size) == ("cuda", False, 1)
+        assert args.workers == distributed.cores()
+        assert Script(args.benchmark, None).module.parse_args(["--arch", args.arch]).arch == args.arch
+    assert [programs.in_torchvision(args) for args in parsed] == [True, False, True, True, True, False]
+
+
+def test_set_for_gpus_runs_on_a_cpu(drawn, monkeypatch, capsys):
+    lines = ("backbone --arch resnet18 --size 32", "centerfusion --arch centerfusion_resnet18 --size 64")
+    monkeypatch.setattr(command_line, "GPU", lines)
+    monkeypatch.setattr(command_line, "draw", lambda layout, folder, images: drawn(DRAWN_LAYOUT[layout]))
+    small = "--steps 2 --log-every 1 --rounds 1 --batch-size 2 --workers 0 --precision fp32 --device cpu"
+    rows = command_line.main(["gpu", *small.split()])
+    assert [row[0].split(",")[0] for row in rows[1:]] == ["resnet18", "resnet18", "centerfusion_resnet18"]
+    assert capsys.readouterr().out.count("| script ") == 3
+
+
+def test_no_epoch_ends_in_the_time_that_is_measured(drawn, tmp_path):
+    words = ["backbone", "--size", "32", "--batch-size", "8", "--steps", "8", "--log-every", "2", "--device", "cpu"]
+    programs.script(command_line.parse_args(words), "fp32", drawn("backbone"), tmp_path)  # fewer than 64 images
+    assert [line["step"] for line in log_lines(tmp_path) if "train/loss" in line] == [2, 4, 6, 8]
+
+
+def test_peak_memory_is_that_of_a_gpu(tmp_path, monkeypatch):
+    line = {"step": 2, "speed/images_per_second": 1.0, "speed/data_wait": 0.0, "speed/peak_memory_mb": 7.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
+    assert programs.read_speed(argparse.Namespace(log_every=1), tmp_path).memory == 0
+    monkeypatch.setattr(programs.memory, "peak_gpu", lambda: 1)
+    assert programs.read_speed(argparse.Namespace(log_every=1), tmp_path).memory == 7
 
 
 def test_quick_set_has_valid_flags_and_every_benchmark():
-    names = [command_line.parse_args(line.split()).benchmark for line in command_line.QUICK]
+    names = [args.benchmark for args in command_line.parse_all([])]
     assert names == ["tables", "loader", *command_line.DEFAULTS]
 
 
