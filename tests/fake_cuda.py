@@ -158,6 +158,7 @@ def install(monkeypatch):
     properties = type("Properties", (), {"name": "fake GPU", "total_memory": 16 * 2**30, "major": 9, "minor": 0})()
     replaced = {"is_available": True, "device_count": 1, "is_bf16_supported": True, "get_device_name": "fake GPU"}
     replaced |= {"get_device_properties": properties, "set_device": None, "synchronize": None}
+    replaced |= {"is_current_stream_capturing": False}
     for name, value in replaced.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value, **options: value)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
