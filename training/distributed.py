@@ -11,6 +11,7 @@ import random
 import re
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -185,6 +186,9 @@ class Run:
     def close(self) -> None:
         """Leave the process group."""
         if self.world_size > 1 and dist.is_initialized():
+            # A thread of gloo frees the tensors of the last collective, for which it needs Python's lock. When the
+            # group is freed, torch 2.11 waits for that thread while holding the lock, so let it finish before.
+            time.sleep(0.1)
             dist.destroy_process_group()
 
 
