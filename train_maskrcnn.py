@@ -157,6 +157,7 @@ def main(argv=None):
     # loss
     class_weights = classes.class_weights(args.class_weights, net.classes, run.device, background=True)
     criterion = functools.partial(maskrcnn.loss, class_weights=class_weights)
+    sample = functools.partial(maskrcnn.SampledTargets, rois_per_image=args.rois_per_image)
 
     # optimizer, schedule, resume
     optimizer = optim.build(args, net.parameter_groups(), {"backbone": args.backbone_lr, "heads": args.lr})
@@ -194,10 +195,9 @@ def main(argv=None):
             image_ids, shapes = ([target[name] for target in targets] for name in ("image_id", "shape"))
             images = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std, shapes)
             size = -(-len(images) // args.accumulate)
-            for part in (slice(i, i + size) for i in range(0, len(images), size)):  # each with its own normalizers
-                sampled = maskrcnn.SampledTargets(
-                    targets[part], (args.seed, progress.step + 1), rois_per_image=args.rois_per_image
-                )
+            parts = [slice(start, start + size) for start in range(0, len(images), size)]
+            for part in run.sync_last(wrapped, parts):  # each with its own normalizers
+                sampled = sample(targets[part], (args.seed, progress.step + 1))
                 with run.autocast():
                     outputs = wrapped(images[part], shapes[part], sampled.sample)
                 counts = run.mean(maskrcnn.count(outputs, sampled)).clamp(min=1 / run.world_size)  # over all processes
