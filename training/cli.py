@@ -224,7 +224,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--gpus", default="", metavar="0,1", help="several GPUs in one process (DataParallel); see also torchrun")
     arg("--compile", action="store_true", help="compile the network with torch.compile; not for Mask R-CNN")
     arg("--sync-bn", action="store_true", help="synchronize batch norm over all processes (torchrun, GPUs)")
-    workers = "data loading processes of each process; auto: by the number of CPU cores"
+    workers = "data loading processes, under torchrun of each process; auto: by the number of CPU cores"
     arg("--workers", "--num-workers", type=auto_count, default="auto", metavar="auto|N", help=workers)
     exact = (
         "kernels that give the same bits in every run, so that a resume is exact; slower on a GPU. Default: on, but "
