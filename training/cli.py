@@ -226,10 +226,8 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--sync-bn", action="store_true", help="synchronize batch norm over all processes (torchrun, GPUs)")
     workers = "data loading processes, under torchrun of each process; auto: by the number of CPU cores"
     arg("--workers", "--num-workers", type=auto_count, default="auto", metavar="auto|N", help=workers)
-    exact = (
-        "kernels that give the same bits in every run, so that a resume is exact; slower on a GPU. Default: on, but "
-    )
-    exact += "off for Mask R-CNN and DLA-34 on a GPU, which cannot"
+    exact = "kernels that give the same bits in every run, so that a resume is exact; a GPU may be slower with them. "
+    exact += "Default: on, but off for Mask R-CNN and CenterFusion's DLA-34 on a GPU, which have kernels that cannot"
     arg("--deterministic", action=argparse.BooleanOptionalAction, help=exact)
 
     arg = parser.add_argument_group("training").add_argument

@@ -214,7 +214,7 @@ def init(args: argparse.Namespace) -> Run:
     if args.deterministic is None:
         args.deterministic = not (on_gpu and args.arch.startswith(tuple(NOT_DETERMINISTIC)))
     if not args.deterministic:
-        # Input sizes that change would have their kernels timed again and again
+        # where sizes of images change, kernels would be timed again and again
         set_deterministic(False, fixed_size="min_side" not in args)
     run = replace(run, inexact=inexact)
     if args.workers is None:
