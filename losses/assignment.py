@@ -13,7 +13,7 @@ B batch, A anchors (SSD calls them priors), M objects.
 
 import torch
 
-from ops.boxes import encode
+from ops.boxes import encode, take
 from ops.matching import IGNORE, match
 
 
@@ -34,7 +34,7 @@ def assign(anchors, objects, box_weights, threshold=0.5, low=None, keep_best=Tru
     matched = match(boxes, box_labels, anchors, threshold, low, keep_best)  # [B,A]
     index = matched.clamp(min=0)
     labels = torch.where(matched >= 0, box_labels.gather(1, index) + 1, 0).masked_fill(matched == IGNORE, -1)
-    matched_boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))  # [B,A,4]
+    matched_boxes = take(boxes, index)  # [B,A,4]
     matched_boxes = torch.where((labels > 0)[..., None], matched_boxes, anchors)  # padding has no logarithm
     return {"labels": labels, "offsets": encode(matched_boxes, anchors, box_weights)}
 

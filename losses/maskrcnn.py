@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ops.boxes import encode, pairwise_iou
+from ops.boxes import encode, pairwise_iou, take
 from ops.matching import BACKGROUND, IGNORE, pad_boxes
-from ops.proposals import is_padding, take
+from ops.proposals import is_padding
 from ops.roi_pool import align
 from ops.transfer import to_device
 

@@ -8,7 +8,7 @@ weights (10, 10, 5, 5). Weights are four plain numbers: to make a tensor of them
 import math
 
 import torch
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, clip_boxes_to_image
 
 MAX_LOG_RATIO = math.log(1000 / 16)  # as in torchvision: exp of an extreme network output stays finite
 
@@ -65,3 +65,15 @@ def to_file_pixels(items, targets):
         boxes = torch.as_tensor(item["boxes"])
         scaled.append({**item, "boxes": boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])})
     return scaled
+
+
+def clip(boxes, shapes):
+    """Boxes [B,N,4], clipped to images of shapes (h, w)."""
+    return torch.stack([clip_boxes_to_image(each, shape) for each, shape in zip(boxes, shapes, strict=True)])
+
+
+def take(values, index):
+    """The rows `index` [B,n] of values [B,N,...], of each image its own: [B,n,...]."""
+    for _ in values.shape[2:]:
+        index = index[..., None]
+    return values.gather(1, index.expand(-1, -1, *values.shape[2:]))

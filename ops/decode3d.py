@@ -14,6 +14,7 @@ import torch
 from ops.geometry import alpha_to_yaw, apply_affine, decode_depth, invert_affine, unproject
 from ops.heatmaps import gather_cells, topk_peaks
 from ops.rotation import decode as decode_rotation
+from ops.transfer import to_cpu
 from utils.nuscenes import ATTRIBUTE_GROUPS, GROUP_OF_CLASS
 
 MIN_SIZE = 0.01  # meters: nuScenes scores only sizes above 0
@@ -41,11 +42,10 @@ def decode(
     amodel_offset, converted to pixels of the file and unprojected to that depth.
     """
     peaks = topk_peaks(outputs["hm"].float().sigmoid(), count)  # [B,N] each
-    heads = {name: gather_cells(outputs[name], peaks[2]) for name in outputs.keys() - {"hm", "pc_hm", *without}}
-    columns = [*(value[..., None] for value in peaks), *heads.values()]
-    table = torch.cat([column.float() for column in columns], -1).cpu()  # one copy; the rest is little
-    scores, labels, index, *values = table.split([column.shape[-1] for column in columns], -1)
-    scores, labels, index, heads = scores[..., 0], labels[..., 0].long(), index[..., 0].long(), dict(zip(heads, values))
+    names = sorted(outputs.keys() - {"hm", "pc_hm", *without})
+    values = [gather_cells(outputs[name], peaks[2]).float() for name in names]
+    scores, labels, index, *values = to_cpu(*peaks, *values)  # the rest is little
+    heads = dict(zip(names, values))
     calib, affine = (torch.stack([target[name] for target in targets]) for name in ("calib", "affine"))
     width = outputs["hm"].shape[-1]
     cell = torch.stack([index % width, index // width], dim=-1).float()  # [B,N,2]

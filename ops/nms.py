@@ -10,7 +10,8 @@ for the results.
 import torch
 from torchvision.ops import batched_nms, clip_boxes_to_image, nms
 
-from ops.boxes import decode
+from ops.boxes import clip, decode, take
+from ops.transfer import to_cpu
 
 MAX_CANDIDATES = 1 << 15  # of one call of `nms` on a GPU: its memory grows with the square, to 128 MB
 
@@ -26,7 +27,7 @@ def multiclass_nms(
     """
     scores, prior = scores.float().transpose(1, 2).topk(min(max_candidates, scores.shape[1]), dim=2)  # [B,K,n]
     labels = torch.arange(scores.shape[1], device=scores.device)[:, None].expand_as(scores)
-    boxes = _rows(clip_boxes_to_image(boxes.float(), image_size), prior.flatten(1))
+    boxes = take(clip_boxes_to_image(boxes.float(), image_size), prior.flatten(1))
     return _detections(boxes, scores.flatten(1), labels.flatten(1), score_threshold, iou_threshold, max_detections)
 
 
@@ -64,28 +65,25 @@ def retinanet_detections(
     NMS together; `max_detections` of all classes remain.
     """
     classes, levels = outputs["logits"].shape[2], []
-    parts = (x.split(level_sizes, 1) for x in (outputs["logits"], outputs["offsets"], anchors[None]))
-    for logits, offsets, level_anchors in zip(*parts):
+    parts = (outputs[name].split(level_sizes, 1) for name in ("logits", "offsets"))
+    for logits, offsets, level_anchors in zip(*parts, anchors.split(level_sizes)):
         logits = logits.flatten(1)  # [B,A*K]
         logits, pair = logits.topk(min(max_candidates, logits.shape[1]), dim=1)
         anchor = pair // classes
-        boxes = decode(_rows(offsets, anchor), level_anchors[0][anchor], box_weights)
+        boxes = decode(take(offsets, anchor), level_anchors[anchor], box_weights)
         levels.append((boxes, logits.float().sigmoid(), pair % classes))
     boxes, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels))  # [B,n,4], [B,n], [B,n]
-    boxes = torch.stack([clip_boxes_to_image(*image) for image in zip(boxes, shapes, strict=True)])
-    return _detections(boxes, scores, labels, score_threshold, iou_threshold, max_detections)
+    return _detections(clip(boxes, shapes), scores, labels, score_threshold, iou_threshold, max_detections)
 
 
 def _detections(boxes, scores, labels, score_threshold, iou_threshold, max_detections):
     """Candidates [B,n,4], [B,n], [B,n] -> detections: at most `max_detections` of each image after NMS."""
     keep = suppress(boxes, scores, labels, scores > score_threshold, iou_threshold)
     scores, index = scores.masked_fill(~keep, -1).topk(min(max_detections, scores.shape[1]), dim=1)
-    columns = [_rows(boxes, index), scores[..., None], labels.gather(1, index)[..., None].float()]
-    detections = []
-    for rows in torch.cat(columns, -1).cpu():  # one copy for all
-        rows = rows[rows[:, 4] >= 0]
-        detections.append({"boxes": rows[:, :4], "labels": rows[:, 5].long(), "scores": rows[:, 4]})
-    return detections
+    scores, boxes, labels = to_cpu(scores, take(boxes, index), take(labels, index))
+    found = scores >= 0
+    images = zip(boxes, labels, scores, found)
+    return [{"boxes": b[f], "labels": k[f], "scores": s[f]} for b, k, s, f in images]
 
 
 def suppress(boxes, scores, labels, valid, iou_threshold):
@@ -117,8 +115,3 @@ def nms_of_groups(boxes, scores, labels, image, iou_threshold):
     side = boxes.max() + 1
     group = image * (labels.max() + 1) + labels
     return nms(boxes.double() + (group * side.double())[:, None], scores.double(), iou_threshold)
-
-
-def _rows(values, index):
-    """values [B,n,C] at index [B,m] -> [B,m,C]."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

@@ -7,10 +7,9 @@ B batch, A anchors, N proposals or candidates per image, K classes.
 """
 
 import torch
-from torchvision.ops import clip_boxes_to_image
 
 from ops import nms
-from ops.boxes import decode
+from ops.boxes import clip, decode, take
 
 PAIRS_PER_IMAGE = 8192  # of a proposal and a class, that enter the NMS of `select_detections`
 
@@ -70,16 +69,6 @@ def is_padding(boxes):
 def is_large(boxes, min_size):
     """Boxes [...,4] at least `min_size` pixels wide and high: bool [...]."""
     return ((boxes[..., 2:] - boxes[..., :2]) >= min_size).all(-1)
-
-
-def clip(boxes, shapes):
-    """Boxes [B,N,4], clipped to images of shapes (h, w)."""
-    return torch.stack([clip_boxes_to_image(each, shape) for each, shape in zip(boxes, shapes, strict=True)])
-
-
-def take(values, index):
-    """The rows `index` [B,n] of values [B,N,...], of each image its own: [B,n,...]."""
-    return values[torch.arange(len(index), device=index.device)[:, None], index]
 
 
 def highest(scores, limit):

@@ -7,6 +7,7 @@ B images, N boxes per image, P points, R runs.
 
 import torch
 
+from ops.boxes import take
 from ops.geometry import apply_affine, corners, decode_depth, project
 from ops.heatmaps import gather_cells, topk_peaks
 from ops.rasterize import covered_cells
@@ -97,7 +98,7 @@ def associate(radar_map, boxes, depth, tolerance, area=AREA, max_distance=60.0, 
     if valid is not None:
         inside &= valid[..., None]
     nearest, index = torch.where(inside, distance, torch.inf).min(-1)  # [B,N]
-    values = returns.gather(1, index[..., None].expand(-1, -1, 3))  # [B,N,3]
+    values = take(returns, index)  # [B,N,3]
     values = torch.cat([values[..., :1] / max_distance, values[..., 1:]], dim=-1)
     center, half = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) * (area / 2)
     # mrnabati/CenterFusion truncates both corners with int() and writes one column more than rows.

@@ -14,7 +14,7 @@ from models import backbones, ssd
 from models.centerfusion import CenterFusion
 from models.onnx.centerfusion import CenterFusionGraph
 from models.retinanet import RetinaNet
-from ops.boxes import decode
+from ops.boxes import decode, take
 from utils.errors import WeightsError
 
 LAYOUTS = ("sightline", "jetson")
@@ -166,7 +166,7 @@ def ssd_nms(boxes, scores, score_threshold, iou_threshold, candidates, max_detec
     """`ops.nms.ssd_detections` with outputs of a fixed size."""
     count, classes = min(candidates, scores.shape[1]), scores.shape[2]
     best, prior = topk_sorted(scores.transpose(1, 2), count)  # [B,K,n]
-    boxes = gather_boxes(boxes, prior.flatten(1))  # [B,K*n,4]
+    boxes = take(boxes, prior.flatten(1))  # [B,K*n,4]
     rows = boxes.unflatten(1, (classes, count)).flatten(0, 1)  # [B*K,n,4]
     keep = nms_mask(rows, best.flatten(0, 1)[:, None], score_threshold, iou_threshold)
     labels = torch.arange(classes, device=boxes.device)[:, None].expand(-1, count).flatten()  # [K*n]
@@ -180,16 +180,11 @@ def retinanet_nms(boxes, scores, level_sizes, score_threshold, iou_threshold, ca
     for level_boxes, level_scores in zip(boxes.split(level_sizes, 1), scores.split(level_sizes, 1)):
         level_scores = level_scores.flatten(1)  # [B,A*K]
         best, pair = topk_sorted(level_scores, min(candidates, level_scores.shape[1]))
-        levels.append((gather_boxes(level_boxes, pair // classes), pair % classes, best))
+        levels.append((take(level_boxes, pair // classes), pair % classes, best))
     boxes, labels, scores = (torch.cat(parts, 1) for parts in zip(*levels))  # [B,n,4], [B,n], [B,n]
     of_class = labels[:, None] == torch.arange(classes, device=boxes.device)[:, None]  # [B,K,n]
     keep = nms_mask(boxes, torch.where(of_class, scores[:, None], 0.0), score_threshold, iou_threshold)
     return top_detections(boxes, labels, scores, keep, max_detections)
-
-
-def gather_boxes(boxes, index):
-    """Boxes [B,A,4] at index [B,n] -> [B,n,4]."""
-    return boxes.gather(1, index[..., None].expand(-1, -1, 4))
 
 
 def top_detections(boxes, labels, scores, keep, max_detections):
@@ -197,7 +192,7 @@ def top_detections(boxes, labels, scores, keep, max_detections):
     scores = torch.where(keep, scores, 0.0)
     scores, index = topk_sorted(scores, min(max_detections, scores.shape[1]))
     used = scores > 0
-    boxes = torch.where(used[..., None], gather_boxes(boxes, index), 0.0)
+    boxes = torch.where(used[..., None], take(boxes, index), 0.0)
     return boxes, torch.where(used, labels.gather(1, index), -1), scores
 
 

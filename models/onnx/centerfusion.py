@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from models.centerfusion import DeformableConv2d
+from ops.boxes import take
 from ops.geometry import decode_depth
 from ops.heatmaps import gather_cells, topk_peaks
 from ops.radar import AREA, BEST_LAST_AREA, depth_tolerance
@@ -90,5 +91,5 @@ def overlay(first, end, visible, values, size):
     covered = (column >= left) & (column < right) & (row >= top) & (row < bottom) & visible[..., None]
     order = torch.arange(1, values.shape[1] + 1, device=values.device)[:, None]  # [N,1]
     top_box = torch.where(covered, order, 0).amax(1)  # [B,h*w], 0 where there is none
-    painted = values.gather(1, (top_box - 1).clamp(min=0)[..., None].expand(-1, -1, 3))  # [B,h*w,3]
+    painted = take(values, (top_box - 1).clamp(min=0))  # [B,h*w,3]
     return torch.where(top_box[..., None] > 0, painted, 0.0).transpose(1, 2).unflatten(2, size)
