@@ -224,7 +224,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--gpus", default="", metavar="0,1", help="several GPUs in one process (DataParallel); see also torchrun")
     arg("--compile", action="store_true", help="compile the network with torch.compile; not for Mask R-CNN")
     arg("--sync-bn", action="store_true", help="synchronize batch norm over all processes (torchrun, GPUs)")
-    workers = "data loading processes, under torchrun of each process; auto: by the number of CPU cores"
+    workers = "data loading processes of each training process; auto: by the number of CPU cores"
     arg("--workers", "--num-workers", type=auto_count, default="auto", metavar="auto|N", help=workers)
     exact = "kernels that give the same bits in every run, so that a resume is exact; a GPU may be slower with them. "
     exact += "Default: on, but off for Mask R-CNN and CenterFusion's DLA-34 on a GPU, which have kernels that cannot"

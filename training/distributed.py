@@ -210,13 +210,11 @@ def init(args: argparse.Namespace) -> Run:
     UsageError also if a batch cannot be split evenly.
     """
     run = init_device(args.device, args.gpus, args.precision, args.seed)
-    on_gpu, inexact = run.device.type == "cuda", why_inexact(run, args)
     if args.deterministic is None:
-        args.deterministic = not (on_gpu and args.arch.startswith(tuple(NOT_DETERMINISTIC)))
-    if not args.deterministic:
-        # where sizes of images change, kernels would be timed again and again
-        set_deterministic(False, fixed_size="min_side" not in args)
-    run = replace(run, inexact=inexact)
+        args.deterministic = run.device.type != "cuda" or not args.arch.startswith(tuple(NOT_DETERMINISTIC))
+    # where sizes of images change, kernels would be timed again and again
+    set_deterministic(args.deterministic, fixed_size="min_side" not in args)
+    run = replace(run, inexact=why_inexact(run, args))
     if args.workers is None:
         args.workers, reason = choose_workers(run.device)
         run.print(f"--workers {args.workers}: {reason}")
@@ -300,6 +298,11 @@ def why_inexact(run: Run, args: argparse.Namespace) -> str:
     return ""
 
 
+def local_processes() -> int:
+    """The number of training processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def cores() -> int:
     """The number of CPU cores that this process may use: those of its affinity mask, within its container's limit."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -310,7 +313,7 @@ def cores() -> int:
 
 def choose_workers(device: torch.device) -> tuple[int, str]:
     """(data loading processes of this process, the reason), for --workers auto."""
-    processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), cores()
+    processes, count = local_processes(), cores()
     shared = f"{count} cores" + (f" for {processes} processes" if processes > 1 else "")
     if device.type == "cuda":
         return max(1, min(MAX_WORKERS, count // processes)), f"{shared}, at most {MAX_WORKERS}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from training.distributed import Run, computes_bf16
+from training.distributed import Run, computes_bf16, local_processes
 from utils.errors import UsageError
 
 MB, GIB = 2**20, 2**30
@@ -50,8 +50,7 @@ def advice(run: Run, args: argparse.Namespace, image_size: tuple[int, int]) -> I
     """
     batch_bytes = 3 * image_size[0] * image_size[1] * args.batch_size // run.world_size
     shm = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
-    for warning in loader_warnings(args.workers, batch_bytes, shm, free_ram(), processes):
+    for warning in loader_warnings(args.workers, batch_bytes, shm, free_ram(), local_processes()):
         run.print(f"WARNING: {warning}")
     if args.preflight:
         batches = args.workers * PREFETCH * batch_bytes / MB
