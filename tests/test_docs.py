@@ -89,7 +89,8 @@ def test_commands_for_several_machines_are_seen():
 def test_torchrun_accepts_its_flags(page):
     for line in lines_of(page.read_text()):
         for words in re.findall(r"torchrun (--[^`]*?train_\w+\.py)", line):
-            get_args_parser().parse_args(shlex.split(words))
+            args = get_args_parser().parse_args(shlex.split(words))  # an unknown flag ends the test
+            assert (ROOT / args.training_script).is_file()
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
