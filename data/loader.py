@@ -102,6 +102,11 @@ class Targets(list):
         super().__init__(targets)
         self.tensors = dict(tensors)
 
+    def __getitem__(self, key):
+        """A target; of a slice, `Targets`."""
+        part = super().__getitem__(key)
+        return Targets(part, {n: tensor[key] for n, tensor in self.tensors.items()}) if isinstance(key, slice) else part
+
     def to(self, device: torch.device) -> dict[str, torch.Tensor]:
         """`tensors` on a device; if it is a GPU, it is not waited for."""
         return {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from ops.boxes import encode, pairwise_iou, take
-from ops.matching import BACKGROUND, IGNORE, pad_boxes
+from ops.matching import BACKGROUND, IGNORE
 from ops.proposals import is_padding
 from ops.roi_pool import align
 from ops.transfer import to_device
@@ -36,8 +36,9 @@ BETA = 1 / 9  # of smooth L1: where it changes from quadratic to linear
 class SampledTargets:
     """The anchors and RoIs of a batch that are trained on, and their targets.
 
-    targets  B dicts of the data contract with `masks`, boxes in pixels of the batch's images. Objects with `ignore` are
-             not trained on; an anchor or RoI with its maximum IoU on one of them is neither positive nor negative
+    targets  B dicts of the data contract with `masks`, boxes in pixels of the batch's images; `targets.to(device)` are
+             their `pad_boxes` there, as of data.loader.Targets. Objects with `ignore` are not trained on; an anchor or
+             RoI with its maximum IoU on one of them is neither positive nor negative
     seed     non-negative integers, such as (seed, step)
     anchors_per_image, rois_per_image  maximum samples of an image
 
@@ -115,8 +116,8 @@ class SampledTargets:
     def objects(self, device):
         """`pad_boxes` of the targets: boxes [B,M,4] and labels [B,M] on `device`."""
         if self._objects is None:
-            self._objects = [to_device(tensor, device) for tensor in pad_boxes(self.targets).values()]
-        return self._objects
+            self._objects = self.targets.to(device)
+        return self._objects["boxes"], self._objects["labels"]
 
     def counts(self, anchors):
         """int64 [3], COUNTS."""

@@ -384,3 +384,10 @@ def test_a_process_validates_its_part_of_the_batch_at_once():
     dataset = [sample(2, 2, []) for _ in range(12)]
     batches = list(loader.eval_loader(dataset, 6, Process(rank=1, world_size=3)))
     assert [len(images) for images, _ in batches] == [2, 2]
+
+
+def test_a_slice_of_targets_has_its_rows_of_the_tensors():
+    _, targets = collate([sample(4, 4, [[0, 0, 1, 1 + number]]) for number in range(3)])
+    part = targets[1:]
+    assert isinstance(part, Targets) and part[0] is targets[1] and len(part) == 2
+    torch.testing.assert_close(part.tensors, pad_boxes(part), rtol=0, atol=0)

@@ -9,8 +9,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.ops import box_iou
 
 import models
+from data.loader import Targets
 from losses import maskrcnn
-from ops.matching import BACKGROUND, IGNORE
+from ops.matching import BACKGROUND, IGNORE, pad_boxes
 from tests.fake_cuda import FakeCuda
 from training import optim
 
@@ -40,6 +41,11 @@ def two_targets():
     return [first, make_target([[30.5, 12.25, 90, 77]], [2], 12)]
 
 
+def sampled_targets(targets, *seed_and_limits, **limits):
+    """SampledTargets of a batch as a loader makes it."""
+    return maskrcnn.SampledTargets(Targets(targets, pad_boxes(targets)), *seed_and_limits, **limits)
+
+
 def network(width=8, hidden=16, proposals=15):
     net = models.build("maskrcnn_resnet18", 3, width=width, hidden=hidden, proposals=proposals)
     nn.init.normal_(net.rpn.head.bbox_pred.weight, std=0.1)
@@ -50,7 +56,7 @@ def network(width=8, hidden=16, proposals=15):
 
 def compute(net, images, targets, seed=(0, 1), counts=None):
     """(losses, own counts, outputs, sampled targets); the losses are divided by `counts`, else by the own counts."""
-    sampled = maskrcnn.SampledTargets(targets, seed, **LIMITS)
+    sampled = sampled_targets(targets, seed, **LIMITS)
     outputs = net(images, [SIZE] * len(images), sampled.sample)
     own = maskrcnn.count(outputs, sampled)
     return maskrcnn.loss(outputs, sampled, own.clamp(min=1) if counts is None else counts), own, outputs, sampled
@@ -167,15 +173,15 @@ def proposals(number=60):
 def test_samples_depend_on_seed_step_and_image_alone():
     candidates, targets = torch.stack([proposals(), proposals()]), two_targets()
     limits = {"rois_per_image": 16}
-    rois, positives = maskrcnn.SampledTargets(targets, (3, 5), **limits).sample(candidates)
+    rois, positives = sampled_targets(targets, (3, 5), **limits).sample(candidates)
     torch.rand(7)  # torch's global generator has no influence
-    again = maskrcnn.SampledTargets(targets[::-1], (3, 5), **limits).sample(candidates.flip(0))
+    again = sampled_targets(targets[::-1], (3, 5), **limits).sample(candidates.flip(0))
     torch.testing.assert_close(again, (rois[::-1], positives[::-1]), rtol=0, atol=0)
     for seed, image_id in (((4, 5), 7), ((3, 6), 7), ((3, 5), 8)):
         target = {**targets[0], "image_id": image_id}
-        other = maskrcnn.SampledTargets([target], seed, **limits).sample(candidates[:1])
+        other = sampled_targets([target], seed, **limits).sample(candidates[:1])
         assert not torch.equal(other[0][0], rois[0])
-    fewer = maskrcnn.SampledTargets(targets[:1], (3, 5), **limits).sample(candidates[:1, :-1])[0][0]
+    fewer = sampled_targets(targets[:1], (3, 5), **limits).sample(candidates[:1, :-1])[0][0]
     same = sum(any(torch.equal(a, b) for b in fewer) for a in rois[0])
     assert same >= 14  # without one proposal, only it and the objects' boxes, which have other numbers, are replaced
 
@@ -187,10 +193,10 @@ def test_samples_of_an_image_do_not_depend_on_the_batch():
     candidates, anchors = torch.stack([proposals() for _ in targets]), proposals(400)
     for image, count in ((1, 50), (3, 20)):
         candidates[image, count:] = 0
-    sampled = maskrcnn.SampledTargets(targets, (0, 1), 40, 24)
+    sampled = sampled_targets(targets, (0, 1), 40, 24)
     sampled.sample(candidates)
     for i, (target, count) in enumerate(zip(targets, (60, 50, 60, 20))):
-        alone = maskrcnn.SampledTargets([target], (0, 1), 40, 24)
+        alone = sampled_targets([target], (0, 1), 40, 24)
         alone.sample(candidates[i : i + 1, :count])
         torch.testing.assert_close(sampled.rois[i], alone.rois[0], rtol=0, atol=0)
         assert (alone.rois[0]["boxes"][:, 2] > 0).all() and len(alone.rois[0]["boxes"]) > 8
@@ -202,7 +208,7 @@ def test_samples_of_an_image_do_not_depend_on_the_batch():
 
 def test_rois_with_objects_come_first(monkeypatch):
     targets, candidates = two_targets(), torch.stack([proposals(), proposals()])
-    sampled = maskrcnn.SampledTargets(targets, (0, 0), rois_per_image=20)
+    sampled = sampled_targets(targets, (0, 0), rois_per_image=20)
     rois, positives = sampled.sample(candidates)
     for target, boxes, own, roi in zip(targets, rois, positives, sampled.rois, strict=True):
         count = len(own)
@@ -210,7 +216,7 @@ def test_rois_with_objects_come_first(monkeypatch):
         assert torch.equal(roi["labels"][:count], target["labels"][roi["object_index"]] + 1)
         assert not roi["labels"][count:].any()
     monkeypatch.setattr(maskrcnn, "ROI_POSITIVES", 1.0)
-    everything = maskrcnn.SampledTargets(targets, (0, 0), rois_per_image=500)
+    everything = sampled_targets(targets, (0, 0), rois_per_image=500)
     everything.sample(candidates)
     for target, roi in zip(targets, everything.rois):
         assert set(roi["object_index"].tolist()) == set(range(len(target["boxes"])))  # at least by its own box
@@ -219,7 +225,7 @@ def test_rois_with_objects_come_first(monkeypatch):
 def test_box_and_mask_targets():
     """A RoI that equals its object's box has offsets of 0, and as its target the mask within the box."""
     target = make_target([[20, 10, 76, 66], [4, 4, 32, 32]], [1, 0], 0)
-    sampled = maskrcnn.SampledTargets([target], (0, 0))
+    sampled = sampled_targets([target], (0, 0))
     sampled.sample(torch.tensor([[[34.0, 10, 90, 66]]]))  # the first box, moved right by a quarter of its width
     index, offsets, masks = sampled.rois[0]["object_index"], sampled.rois[0]["offsets"][:3], sampled.mask_targets(28)
     moved = sampled.rois[0]["boxes"][: len(index), 0] == 34
@@ -264,7 +270,7 @@ def test_ignored_objects_are_not_trained_on():
     target = two_targets()[0]
     target["ignore"][1] = True
     used = {name: target[name][[0, 2]] for name in ("boxes", "labels", "masks", "ignore")}
-    with_ignored, without = (maskrcnn.SampledTargets([each], (0, 0)) for each in (target, {**used, "image_id": 7}))
+    with_ignored, without = (sampled_targets([each], (0, 0)) for each in (target, {**used, "image_id": 7}))
     for sampled in (with_ignored, without):
         sampled.sample(used["boxes"][None] + 1)
     assert set(with_ignored.rois[0]["labels"].tolist()) == {2, 3}
@@ -307,7 +313,7 @@ def test_half_precision_and_deterministic_kernels():
     torch.use_deterministic_algorithms(True)
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            sampled = maskrcnn.SampledTargets(two_targets(), (0, 1), **LIMITS)
+            sampled = sampled_targets(two_targets(), (0, 1), **LIMITS)
             outputs = net(images, [SIZE] * 2, sampled.sample)
         losses = maskrcnn.loss(outputs, sampled, maskrcnn.count(outputs, sampled))
         grads = gradients(net, losses)
