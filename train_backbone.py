@@ -103,7 +103,7 @@ def main(argv=None):
     args = parse_args(argv)
     run = distributed.init(args)
     monitor = cli.choose_monitor(args.monitor, "top1", METRICS)
-    run_folder = RunFolder(args, run)
+    run_folder = RunFolder(args, run, monitor)
     val_size = args.val_resolution or args.resolution
     if 0 < args.val_resize < val_size:
         raise UsageError(f"--val-resize {args.val_resize}: give 0, or at least the {val_size} pixels of the crop")
@@ -113,7 +113,15 @@ def main(argv=None):
     # data
     with run.main_first():  # it lists the files, the others read its list
         train_set, val_set, errors = classification.load(
-            args.data, args.train, args.val, run_folder.classes, run_folder.path, args.seed, run.print
+            args.data,
+            args.train,
+            args.val,
+            run_folder.classes,
+            run_folder.path,
+            args.seed,
+            run.print,
+            val_only=args.eval_only,
+            split=args.split,
         )
     if args.check_data:
         run.close()
@@ -200,7 +208,7 @@ def main(argv=None):
                 run_folder.save(due.copies)
             if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    return run_folder.finish(stop, monitor, logger.metrics, logger.evaluators)
+    return run_folder.finish(stop, logger.metrics, logger.evaluators)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def main(argv=None):
     args = parse_args(argv)
     run = distributed.init(args)
     monitor = cli.choose_monitor(args.monitor, "AP", [*LOSSES, *MEASURES, "mAP", "mAP_11point"])
-    run_folder = RunFolder(args, run)
+    run_folder = RunFolder(args, run, monitor)
 
     # data
     with run.raise_in_all():
@@ -214,7 +214,7 @@ def main(argv=None):
                 run_folder.save(due.copies)
             if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    return run_folder.finish(stop, monitor, logger.metrics, logger.evaluators)
+    return run_folder.finish(stop, logger.metrics, logger.evaluators)
 
 
 if __name__ == "__main__":
