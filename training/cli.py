@@ -71,9 +71,11 @@ class ArgumentParser(argparse.ArgumentParser):
         namespace = self.parse_args(self._recipe_words(self._read_toml(self._recipe))) if self._recipe else None
         self._recipe = ""
         args = self.parse_args(argv, namespace)
-        if getattr(args, "eval_only", False):
+        if "eval_only" not in args:
+            return args
+        if args.eval_only:
             self._take_flags_of_run(args, argv)
-        elif getattr(args, "split", ""):
+        elif args.split:
             self.error(f"--split {args.split}: is for --eval-only; add it")
         return args
 
@@ -238,9 +240,9 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     resume = "continue a run at its very next step; without a value: auto, the newest checkpoint in --model-dir"
     arg("--resume", nargs="?", const="auto", default="", metavar="auto|RUN|FILE", help=resume)
     arg("--overwrite", action="store_true", help="delete the run in --model-dir and start a new one")
-    evaluate = "evaluate a checkpoint (--resume or --weights) with the flags of its run, write RUN/evaluation, exit"
+    evaluate = "evaluate --resume or --weights with the flags of their run, write RUN/evaluation, then exit"
     arg("--eval-only", action="store_true", help=evaluate)
-    split = "with --eval-only: split to evaluate, named as in --data (csv: a csv file); default: that of validation"
+    split = "with --eval-only: the split to evaluate, by its name in --data (csv: a csv file); default: as in training"
     arg("--split", default="", metavar="NAME", help=split)
     preflight = "run one step and one evaluation on the largest batches, print the peak memory, exit"
     arg("--preflight", action="store_true", help=preflight)

@@ -139,8 +139,8 @@ def load(
 def _split_folder(root, split):
     if (root / split).is_dir():
         return root / split
-    available = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    names = shortened(available, MAX_NAMED) if available else "none"
+    folders = [path.name for path in root.glob("[!.]*") if path.is_dir()]
+    names = shortened(sorted(folders), MAX_NAMED) or "none"
     raise DataError(root / split, "", f"no such split; folders in {root}: {names}")
 
 

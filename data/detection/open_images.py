@@ -33,20 +33,23 @@ def read(roots: Sequence[str | Path], split: str, name: str = "") -> Annotations
     """
     annotations = Annotations(relative=True)
     for root in map(Path, roots):
-        file, folder = _split_file(root, (name,) if name else SPLITS[split])
+        file, folder = _split_file(root, split, name)
         _read_csv(file, folder, _descriptions(root), annotations)
     annotations.classes, annotations.class_errors = choose_classes(roots, annotations.names)
     return annotations
 
 
-def _split_file(root, names):
-    for name in names:
+def _split_file(root, split, name):
+    names = (name,) if name else SPLITS[split]
+    for folder in names:
         for pattern in FILES:
-            if (root / pattern.format(name)).is_file():
-                return root / pattern.format(name), root / name
-    expected = ", ".join(pattern.format(name) for name in names for pattern in FILES[:2])
+            if (root / pattern.format(folder)).is_file():
+                return root / pattern.format(folder), root / folder
+    expected = ", ".join(pattern.format(folder) for folder in names for pattern in FILES[:2])
     available = ", ".join(sorted(file.name for file in root.glob("*.csv"))) or "none"
-    raise DataError(root, "", f"no annotation file; expected one of {expected}; available: {available}")
+    raise DataError(
+        root, "", f"no annotation file for {name or split}; expected one of {expected}; available: {available}"
+    )
 
 
 def _descriptions(root):

@@ -34,19 +34,21 @@ def read(roots: Sequence[str | Path], split: str, offset: int = 1, name: str = "
     """
     annotations = Annotations()
     for root in map(Path, roots):
-        _read_root(root, _split_file(root, (name,) if name else SPLITS[split]), annotations, offset)
+        _read_root(root, _split_file(root, split, name), annotations, offset)
     annotations.classes, annotations.class_errors = choose_classes(roots, annotations.names)
     return annotations
 
 
-def _split_file(root, names):
-    folder = root / "ImageSets" / "Main"
-    for name in names:
-        if (folder / f"{name}.txt").is_file():
-            return folder / f"{name}.txt"
+def _split_file(root, split, name):
+    folder, names = root / "ImageSets" / "Main", (name,) if name else SPLITS[split]
+    for file in [folder / f"{name}.txt" for name in names]:
+        if file.is_file():
+            return file
     available = ", ".join(sorted(file.name for file in folder.glob("*.txt"))) or "none"
     expected = ", ".join(f"{name}.txt" for name in names)
-    raise DataError(folder, "", f"no split file; expected one of {expected}; available: {available}")
+    raise DataError(
+        folder, "", f"no split file for {name or split}; expected one of {expected}; available: {available}"
+    )
 
 
 def _read_root(root, split_file, annotations, offset):
