@@ -84,11 +84,13 @@ def check_data(
 
     Returns the metrics of such a run: none.
     """
-    image_errors = [error for dataset in (train, val) for error in chain(*unreadable(dataset, workers).values())]
+    datasets = {"val": val} if train is val else {"train": train, "val": val}
+    image_errors = [error for dataset in datasets.values() for error in chain(*unreadable(dataset, workers).values())]
     errors = unique([*errors, *image_errors])
-    write_report(Path(folder) / REPORT, errors, {"train": train, "val": val})
+    write_report(Path(folder) / REPORT, errors, datasets)
     apply_fault_policy(errors, "error", "error", print, max_lines=len(errors))
-    print(f"no errors in {len(train)} training and {len(val)} validation images")
+    training = "" if train is val else f"{len(train)} training and "
+    print(f"no errors in {training}{len(val)} validation images")
     return {}
 
 
