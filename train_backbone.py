@@ -3,7 +3,7 @@
     python train_backbone.py --arch resnet18 --data data/imagenet --model-dir runs/resnet18
     python train_backbone.py --config configs/backbone_small.toml --data data/flowers --model-dir runs/flowers
     python train_backbone.py --arch resnet18 --train data/a --val data/b --model-dir runs/resnet18 --resume auto
-    python train_backbone.py --arch resnet18 --data data/imagenet --model-dir runs/resnet18 --resume auto --eval-only
+    python train_backbone.py --resume runs/resnet18 --eval-only
     torchrun --nproc-per-node 8 train_backbone.py --config configs/resnet50_imagenet.toml --data data/imagenet
 
 The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl, TensorBoard files, and backbone.pt: the best

@@ -3,7 +3,7 @@
     python train_maskrcnn.py --data data/PennFudanPed --model-dir runs/people
     python train_maskrcnn.py --data data/PennFudanPed --arch maskrcnn_resnet18 --weights runs/backbone/backbone.pt
     python train_maskrcnn.py --dataset coco --data data/coco --arch maskrcnn_resnet50_v2 --model-dir runs/coco
-    python train_maskrcnn.py --data data/PennFudanPed --model-dir runs/people --resume auto --eval-only
+    python train_maskrcnn.py --resume runs/people --eval-only
     torchrun --nproc-per-node 8 train_maskrcnn.py --dataset coco --data data/coco --batch-size 16 --lr 0.02
 
 The defaults are those of torchvision's fine-tuning tutorial. The run folder gets last.pt, previous.pt and best.pt,

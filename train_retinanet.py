@@ -3,7 +3,7 @@
     python train_retinanet.py --dataset coco --data data/coco --arch retinanet_resnet50
     python train_retinanet.py --dataset csv --csv-train train.csv --csv-val val.csv --csv-classes classes.csv
     python train_retinanet.py --config configs/retinanet_r50_coco.toml --data data/coco --model-dir runs/coco
-    python train_retinanet.py --dataset coco --data data/coco --model-dir runs/coco --resume auto --eval-only
+    python train_retinanet.py --resume runs/coco --eval-only
     torchrun --nproc-per-node 8 train_retinanet.py --config configs/retinanet_r50_coco.toml --data data/coco
 
 The defaults are those of yhenon/pytorch-retinanet. The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl,

@@ -3,7 +3,7 @@
     python train_ssd.py --dataset voc --data data/drone --model-dir runs/drone
     python train_ssd.py --config configs/ssd_mb1_small.toml --data data/cells --model-dir runs/cells
     python train_ssd.py --dataset voc --data data/drone --model-dir runs/drone --resume auto
-    python train_ssd.py --dataset voc --data data/drone --model-dir runs/drone --resume auto --eval-only
+    python train_ssd.py --resume runs/drone --eval-only
     torchrun --nproc-per-node 4 train_ssd.py --dataset open_images --data data/fruit --model-dir runs/fruit
 
 The defaults are those of dusty-nv/pytorch-ssd. The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl,

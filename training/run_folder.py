@@ -162,8 +162,8 @@ class RunFolder:
             name = Path(self.args.split).name.removesuffix(".csv").removesuffix(".txt")
             folder = self.path / (f"evaluation_{name}" if name else "evaluation")
             written = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            result = {"metrics": written, "checkpoint": str(self.source), "step": self.progress.step}
-            result |= {"epoch": self.progress.epoch, "fingerprint": self.fingerprint, "flags": vars(self.args)}
+            result = {"checkpoint": str(self.source), "step": self.progress.step, "epoch": self.progress.epoch}
+            result |= {"fingerprint": self.fingerprint, "metrics": written, "flags": vars(self.args)}
             try:
                 files.write_json(folder / EVALUATION, result, indent=1)
                 names = [name for evaluator in evaluators for name in evaluator.write(folder)]

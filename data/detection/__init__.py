@@ -47,12 +47,15 @@ def load(
     if layout == "coco" and split:
         coco_sets = ("", split)
     if layout == "csv" and split:
-        csv_files = ("", csv.find(split, roots), csv_files[2])
+        file, class_file = csv.find(split, roots)
+        csv_files = ("", file, csv_files[2] or class_file)
     options = {"voc": {"offset": voc_offset, "name": split}, "open_images": {"name": split}}
     options |= {"csv": {"files": csv_files}, "coco": {"sets": coco_sets, "masks": masks}}
     read = partial(LAYOUTS[layout], **options[layout])
     _check_folders([] if layout == "csv" and csv_files[val_only] else roots)
     first = read(roots, "val" if val_only else "train")
+    if val_only and first.classes == sorted(first.names):  # without a list of its own, whose order could be wrong
+        remap_by_name = True
     names = agree_on_classes(classes, first.classes, remap_by_name) if classes else first.classes
     errors = first.errors + (first.class_errors if names == first.classes else [])
     train_set = BoxDataset(first, names, seed=seed)

@@ -156,3 +156,10 @@ def test_the_validation_set_alone_has_the_classes_of_the_checkpoint(roots):
     assert val.classes == names and set(val.unknown) == set(drawing.CLASSES[2:])
     with pytest.raises(DataError, match="no class in common"):
         detection.load("voc", [roots["voc"]], classes=["moon"], val_only=True)
+    reversed_names = list(drawing.CLASSES)[::-1]
+    with pytest.raises(DataError, match="another order"):
+        detection.load("csv", [roots["csv"]], classes=reversed_names, val_only=True)
+    files = ("", str(roots["csv"] / "val.csv"), "")  # without classes.csv, the data have no order
+    assert (
+        detection.load("csv", [], classes=reversed_names, val_only=True, csv_files=files)[0].classes == reversed_names
+    )
