@@ -111,17 +111,10 @@ def main(argv=None):
         raise UsageError(f"--width-mult: {args.arch} has one width; leave it out, or give --arch mobilenet_v2")
 
     # data
+    folders = {"train": args.train, "val": args.val, "val_only": args.eval_only, "split": args.split}
     with run.main_first():  # it lists the files, the others read its list
         train_set, val_set, errors = classification.load(
-            args.data,
-            args.train,
-            args.val,
-            run_folder.classes,
-            run_folder.path,
-            args.seed,
-            run.print,
-            val_only=args.eval_only,
-            split=args.split,
+            args.data, classes=run_folder.classes, cache=run_folder.path, seed=args.seed, print=run.print, **folders
         )
     if args.check_data:
         run.close()

@@ -33,11 +33,12 @@ from utils import files, torch_files
 from utils.errors import UsageError, UserError
 
 WEIGHTS = "backbone.pt"  # weights alone, see RunFolder.save_weights
-EVALUATION = "evaluation.json"  # see RunFolder.report
+EVALUATION = "evaluation.json"  # in evaluation or evaluation_SPLIT, see RunFolder.report
 LOGS = ("metrics.jsonl", "nan_report.json", "events.out.tfevents.*")
 SHARED = ".shared_"  # beginning of the name of a file that exists while open_run looks whether all processes see it
 SHARED_SECONDS = 5  # time for it to appear on the other machines
 RUN_FILES = ("new.pt", LAST, PREVIOUS, BEST, WEIGHTS, *NUMBERED, "*.pt.tmp", "*.pt.damaged", f"{SHARED}*", *LOGS)
+RUN_FILES += (f"evaluation*/{EVALUATION}",)
 
 
 class RunFolder:

@@ -173,6 +173,8 @@ def test_auto_without_a_whole_checkpoint(folder, run, tmp_path):
 def test_a_run_is_not_overwritten_by_accident(folder, run, tmp_path):
     for name in ("metrics.jsonl", "events.out.tfevents.1", "step_000002.pt", "best.pt", "backbone.pt", "notes.txt"):
         (folder / name).touch()
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "evaluation.json").touch()
     refused = "it already has a run; continue it with --resume auto, or give --overwrite or another folder"
     with pytest.raises(UsageError, match=refused):
         run_folder.open_run(run, folder)
@@ -189,7 +191,8 @@ def test_a_run_is_not_overwritten_by_accident(folder, run, tmp_path):
     assert run_folder.open_run(dataclasses.replace(run, rank=1), folder, overwrite=True) is None
     assert (folder / "last.pt").exists(), "only the main process removes anything"
     assert run_folder.open_run(run, folder, overwrite=True) is None
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "evaluation"}
+    assert not list((folder / "evaluation").iterdir())
 
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
