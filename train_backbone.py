@@ -3,7 +3,7 @@
     python train_backbone.py --arch resnet18 --data data/imagenet --model-dir runs/resnet18
     python train_backbone.py --config configs/backbone_small.toml --data data/flowers --model-dir runs/flowers
     python train_backbone.py --arch resnet18 --train data/a --val data/b --model-dir runs/resnet18 --resume auto
-    python train_backbone.py --arch resnet18 --data data/imagenet --model-dir runs/resnet18 --resume auto --eval-only
+    python train_backbone.py --resume runs/resnet18 --eval-only
     torchrun --nproc-per-node 8 train_backbone.py --config configs/resnet50_imagenet.toml --data data/imagenet
 
 The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl, TensorBoard files, and backbone.pt: the best
@@ -103,7 +103,7 @@ def main(argv=None):
     args = parse_args(argv)
     run = distributed.init(args)
     monitor = cli.choose_monitor(args.monitor, "top1", METRICS)
-    run_folder = RunFolder(args, run)
+    run_folder = RunFolder(args, run, monitor)
     val_size = args.val_resolution or args.resolution
     if 0 < args.val_resize < val_size:
         raise UsageError(f"--val-resize {args.val_resize}: give 0, or at least the {val_size} pixels of the crop")
@@ -111,9 +111,10 @@ def main(argv=None):
         raise UsageError(f"--width-mult: {args.arch} has one width; leave it out, or give --arch mobilenet_v2")
 
     # data
+    folders = {"train": args.train, "val": args.val, "val_only": args.eval_only, "split": args.split}
     with run.main_first():  # it lists the files, the others read its list
         train_set, val_set, errors = classification.load(
-            args.data, args.train, args.val, run_folder.classes, run_folder.path, args.seed, run.print
+            args.data, classes=run_folder.classes, cache=run_folder.path, seed=args.seed, print=run.print, **folders
         )
     if args.check_data:
         run.close()
@@ -200,7 +201,7 @@ def main(argv=None):
                 run_folder.save(due.copies)
             if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    return run_folder.finish(stop, monitor, logger.metrics, logger.evaluators)
+    return run_folder.finish(stop, logger.metrics, logger.evaluators)
 
 
 if __name__ == "__main__":

@@ -74,10 +74,9 @@ def parse_args(argv):
     cli.add_run_arguments(parser)
     published = {"batch_size": 32, "lr_batch_size": 32, "optimizer": "adam", "lr": 2.5e-4, "weight_decay": 0.0}
     parser.set_defaults(model_dir="runs/centerfusion", epochs=60, milestones="50", save_epochs="20,40,50", **published)
-    parser.add_argument("--exp-id", default="", metavar="NAME", help="the same as --model-dir runs/NAME")
+    folder = {"dest": "model_dir", "type": cli.prefixed("runs/"), "metavar": "NAME"}
+    parser.add_argument("--exp-id", default=None, help="the same as --model-dir runs/NAME", **folder)
     args = parser.parse(argv)
-    if args.exp_id and args.model_dir == parser.get_default("model_dir"):
-        args.model_dir = f"runs/{args.exp_id}"
     if args.run_dataset_eval and args.monitor in MEASURES and not devkit_is_installed():
         raise UsageError(f"--monitor {args.monitor}: first do pip install -r requirements-nuscenes.txt")
     if any(side <= 0 or side % 32 for side in args.input_size):
@@ -124,7 +123,7 @@ def main(argv=None):
     trained = {"velocity": args.velocity, "nuscenes_att": args.nuscenes_att}  # weight 0: the head stays as it is
     heads = [name for name in centerfusion.WEIGHTS if trained.get(name, args.pointcloud or not name.endswith("_sec"))]
     monitor = cli.choose_monitor(args.monitor, "loss", ["loss", *heads, *MEASURES * args.run_dataset_eval])
-    run_folder = RunFolder(args, run)
+    run_folder = RunFolder(args, run, monitor)
 
     # data
     sweeps = nuscenes.RadarOptions(args.radar_sweeps * args.pointcloud, args.max_pc_dist, args.pc_z_offset)
@@ -223,7 +222,7 @@ def main(argv=None):
                 run_folder.save(due.copies)
             if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    return run_folder.finish(stop, monitor, logger.metrics, logger.evaluators)
+    return run_folder.finish(stop, logger.metrics, logger.evaluators)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python train_maskrcnn.py --data data/PennFudanPed --model-dir runs/people
     python train_maskrcnn.py --data data/PennFudanPed --arch maskrcnn_resnet18 --weights runs/backbone/backbone.pt
     python train_maskrcnn.py --dataset coco --data data/coco --arch maskrcnn_resnet50_v2 --model-dir runs/coco
-    python train_maskrcnn.py --data data/PennFudanPed --model-dir runs/people --resume auto --eval-only
+    python train_maskrcnn.py --resume runs/people --eval-only
     torchrun --nproc-per-node 8 train_maskrcnn.py --dataset coco --data data/coco --batch-size 16 --lr 0.02
 
 The defaults are those of torchvision's fine-tuning tutorial. The run folder gets last.pt, previous.pt and best.pt,
@@ -12,7 +12,6 @@ images of the validation set. Published COCO box and mask AP of maskrcnn_resnet5
 """
 
 import functools
-from pathlib import Path
 
 import torch
 
@@ -77,10 +76,8 @@ def load_data(args, run_folder):
     common = {"classes": run_folder.classes, "seed": args.seed}
     if args.dataset == "coco":
         return detection.load("coco", args.data, masks=True, **common, **cli.layout_options(args))
-    split = {"val_share": args.val_share, "split_seed": args.split_seed}
-    if run_folder.checkpoint:
-        file = Path(run_folder.checkpoint["file"]).with_name(HELD_OUT)
-        split["held_out"] = file.read_text(encoding="utf-8").splitlines() if file.is_file() else None
+    split = {"val_share": args.val_share, "split_seed": args.split_seed, "held_out": run_folder.read_lines(HELD_OUT)}
+    split |= {"val_only": args.eval_only, "split": args.split}
     train_set, val_set, errors = detection.load_penn_fudan(args.data, **common, **split)
     run_folder.write_lines(HELD_OUT, penn_fudan.names(val_set))
     return train_set, val_set, errors
@@ -125,7 +122,7 @@ def main(argv=None):
     if args.compile:
         raise UsageError("--compile: Mask R-CNN, whose RoIs vary in number, would be compiled every step; leave it out")
     monitor = cli.choose_monitor(args.monitor, "mask AP", ["loss", *maskrcnn.NORMALIZERS, *MEASURES, *MASK_MEASURES])
-    run_folder = RunFolder(args, run)
+    run_folder = RunFolder(args, run, monitor)
 
     # data
     with run.raise_in_all():
@@ -223,7 +220,7 @@ def main(argv=None):
                 run_folder.save(due.copies)
             if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    return run_folder.finish(stop, monitor, logger.metrics, logger.evaluators)
+    return run_folder.finish(stop, logger.metrics, logger.evaluators)
 
 
 if __name__ == "__main__":

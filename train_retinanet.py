@@ -3,7 +3,7 @@
     python train_retinanet.py --dataset coco --data data/coco --arch retinanet_resnet50
     python train_retinanet.py --dataset csv --csv-train train.csv --csv-val val.csv --csv-classes classes.csv
     python train_retinanet.py --config configs/retinanet_r50_coco.toml --data data/coco --model-dir runs/coco
-    python train_retinanet.py --dataset coco --data data/coco --model-dir runs/coco --resume auto --eval-only
+    python train_retinanet.py --resume runs/coco --eval-only
     torchrun --nproc-per-node 8 train_retinanet.py --config configs/retinanet_r50_coco.toml --data data/coco
 
 The defaults are those of yhenon/pytorch-retinanet. The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl,
@@ -114,7 +114,7 @@ def main(argv=None):
     args = parse_args(argv)
     run = distributed.init(args)
     monitor = cli.choose_monitor(args.monitor, "AP", [*LOSSES, *MEASURES, "mAP", "mAP_11point"])
-    run_folder = RunFolder(args, run)
+    run_folder = RunFolder(args, run, monitor)
 
     # data
     with run.raise_in_all():
@@ -214,7 +214,7 @@ def main(argv=None):
                 run_folder.save(due.copies)
             if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    return run_folder.finish(stop, monitor, logger.metrics, logger.evaluators)
+    return run_folder.finish(stop, logger.metrics, logger.evaluators)
 
 
 if __name__ == "__main__":

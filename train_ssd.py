@@ -3,7 +3,7 @@
     python train_ssd.py --dataset voc --data data/drone --model-dir runs/drone
     python train_ssd.py --config configs/ssd_mb1_small.toml --data data/cells --model-dir runs/cells
     python train_ssd.py --dataset voc --data data/drone --model-dir runs/drone --resume auto
-    python train_ssd.py --dataset voc --data data/drone --model-dir runs/drone --resume auto --eval-only
+    python train_ssd.py --resume runs/drone --eval-only
     torchrun --nproc-per-node 4 train_ssd.py --dataset open_images --data data/fruit --model-dir runs/fruit
 
 The defaults are those of dusty-nv/pytorch-ssd. The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl,
@@ -114,7 +114,7 @@ def main(argv=None):
     run = distributed.init(args)
     measured = [*LOSSES] + ["mAP", "mAP_11point"] * args.validation_mean_ap
     monitor = cli.choose_monitor(args.monitor, "mAP" if args.validation_mean_ap else "loss", measured)
-    run_folder = RunFolder(args, run)
+    run_folder = RunFolder(args, run, monitor)
 
     # data
     with run.raise_in_all():
@@ -213,7 +213,7 @@ def main(argv=None):
                 run_folder.save(due.copies)
             if due.stop or (args.patience and progress.stale >= args.patience):
                 break
-    return run_folder.finish(stop, monitor, logger.metrics, logger.evaluators)
+    return run_folder.finish(stop, logger.metrics, logger.evaluators)
 
 
 if __name__ == "__main__":

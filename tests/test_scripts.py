@@ -1,6 +1,7 @@
 """What all five training scripts promise: complete runs, exact resume, the same result with several processes."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -222,19 +223,66 @@ def test_micro_batches_equal_the_whole_batch(name, drawn, tmp_path):
     )
 
 
+def without_training_part(script, run, target):
+    """A copy of a data set that has its validation part alone; CenterFusion's tables have both."""
+    data = copy_writable(script.data, target)
+    if script.name == "backbone":
+        shutil.rmtree(data / "train")
+    elif script.name == "retinanet":
+        shutil.rmtree(data / "train2017")
+        (data / "annotations" / "instances_train2017.json").unlink()
+    elif script.name == "ssd":
+        for name in ("train", "val", "trainval"):
+            (data / "ImageSets" / "Main" / f"{name}.txt").unlink()
+        names = (data / "ImageSets" / "Main" / "test.txt").read_text().split()
+        for path in [*data.glob("JPEGImages/*"), *data.glob("Annotations/*")]:
+            if path.stem not in names:
+                path.unlink()
+    elif script.name == "maskrcnn":
+        names = (run / "held_out.txt").read_text().split()
+        for path in [path for path in (data / "PNGImages").iterdir() if path.name not in names]:
+            path.unlink()
+    return data
+
+
 @pytest.mark.slow
-def test_eval_only_gives_the_last_validation_again(script, trained, run_copy):
-    """Averaged weights are used, tables are written, checkpoints stay."""
-    _, metrics = trained(script)
-    before = {path: path.read_bytes() for path in run_copy.glob("*.pt")}
-    written = run_copy / {"maskrcnn": "detections_masks.json", "centerfusion": "submission.json"}.get(
-        script.name, "per_class.csv"
-    )
-    written.unlink(missing_ok=True)
-    again = script.main(run_copy, "--resume", "auto", "--eval-only")
-    assert {name: again[name] for name in metrics} == pytest.approx(metrics)
-    assert {path: path.read_bytes() for path in run_copy.glob("*.pt")} == before
-    assert written.is_file()
+def test_eval_only_gives_the_last_validation_again(script, run_copy, tmp_path):
+    """To the last digit, with no flag of the run, and on the validation set alone; the files of the training stay."""
+    logged = {tag.removeprefix("val/"): value for tag, value in log_lines(run_copy)[-1].items() if "val/" in tag}
+    before = {path: path.read_bytes() for path in run_copy.iterdir()}
+    own = ["--resume", str(run_copy), "--eval-only", "--device", "cpu", "--workers", "0"]
+    for more in ([], ["--data", str(without_training_part(script, run_copy, tmp_path / "data"))]):
+        script.module.main([*own, *more])
+        written = json.loads((run_copy / "evaluation" / "evaluation.json").read_text())
+        assert {name: written["metrics"][name] for name in logged} == logged
+        assert {path: path.read_bytes() for path in before} == before
+        assert {path.name for path in run_copy.iterdir()} == {path.name for path in before} | {"evaluation"}
+    name = {"maskrcnn": "detections_masks.json", "centerfusion": "submission.json"}.get(script.name, "per_class.csv")
+    assert (run_copy / "evaluation" / name).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "available"),
+    [
+        ("backbone", "folders in .*: train, val"),
+        ("retinanet", "available: instances_train2017.json, instances_val2017.json"),
+        ("ssd", "available: test.txt, train.txt, trainval.txt, val.txt"),
+        ("maskrcnn", "give all, or a text file of image names"),
+    ],
+)
+def test_an_unknown_split_is_refused(name, available, drawn, trained, tmp_path):
+    script = Script(name, drawn(name))
+    with pytest.raises(DataError, match=rf"nowhere.*{available}"):
+        script.main(tmp_path, "--eval-only", "--resume", trained(script)[0], "--split", "nowhere")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "flag", "value"), [("ssd", "--resolution", 128), ("retinanet", "--max-side", 128)])
+def test_images_of_another_size_do_not_continue_a_run(name, flag, value, drawn, trained, tmp_path):
+    script = Script(name, drawn(name))
+    with pytest.raises(UsageError, match=rf"give {flag} .*as in that run, or start a new run .*--weights"):
+        script.main(tmp_path, "--resume", trained(script)[0], flag, value)
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_flip_test_and_class_weights_change_what_they_should(script, tmp_path):
     for more in ([], ["--flip_test"], ["--class-weights", "car=3"]):
         metrics = script.main(tmp_path, "--eval-only", "--resume", tmp_path / "last.pt", *more)
         losses = {name: metrics[name] for name in ("loss", *centerfusion.WEIGHTS)}
-        results.append((losses, (tmp_path / "submission.json").read_text()))
+        results.append((losses, (tmp_path / "evaluation/submission.json").read_text()))
     (plain, boxes), (flipped, other_boxes), (weighted, same_boxes) = results
     assert flipped == plain and other_boxes != boxes
     assert weighted["hm"] > plain["hm"] and weighted["dep"] == plain["dep"] and same_boxes == boxes
@@ -153,7 +153,7 @@ def test_untrained_heads_predict_nothing(script, tmp_path):
     for more in ([], ["--velocity", "--nuscenes_att"]):
         train_centerfusion.main([*words, *more, "--overwrite"])
         train_centerfusion.main([*words, "--eval-only", "--resume"])  # the heads of the run count, not the flags
-        results = json.loads((tmp_path / "submission.json").read_text())["results"]
+        results = json.loads((tmp_path / "evaluation/submission.json").read_text())["results"]
         boxes = [box for boxes in results.values() for box in boxes]
         found.append({(any(box["velocity"]), bool(box["attribute_name"])) for box in boxes})
     assert found[0] == {(False, False)} and (True, True) in found[1]
@@ -209,7 +209,7 @@ def test_the_official_score_by_class(script, tmp_path, capsys):
     pytest.importorskip("nuscenes")
     script.main(tmp_path, "--max-steps", 1)
     metrics = script.main(tmp_path, "--eval-only", "--run_dataset_eval", "--resume", "--monitor", "NDS")
-    table = [line.split(",") for line in (tmp_path / "per_class.csv").read_text().splitlines()]
+    table = [line.split(",") for line in (tmp_path / "evaluation/per_class.csv").read_text().splitlines()]
     assert {name: float(value) for name, value in table[1:]} == pytest.approx(
         {name.removeprefix("AP/"): value for name, value in metrics.items() if name.startswith("AP/")}, abs=1e-6
     )

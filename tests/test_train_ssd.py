@@ -60,6 +60,20 @@ def test_reordered_classes_are_refused_or_remapped(script, tmp_path):
     assert script.main(tmp_path / "run", *more, "--remap-by-name", data=data) == metrics
 
 
+def test_weights_of_other_classes_are_not_evaluated(script, tmp_path):
+    """Not even if there are as many: the file of a run is compared by name, whichever flag names it."""
+    script.main(tmp_path / "run", "--max-steps", 1)
+    data = copy_writable(script.data, tmp_path / "data")
+    for path in [data / "labels.txt", *(data / "Annotations").iterdir()]:
+        text = path.read_text()
+        for name in last(tmp_path / "run")["classes"]:
+            text = text.replace(name, f"other_{name}")
+        path.write_text(text)
+    for flag in ("--resume", "--weights"):
+        with pytest.raises(DataError, match="no class in common: checkpoint "):
+            train_ssd.main([flag, str(tmp_path / "run/last.pt"), "--eval-only", "--data", str(data)])
+
+
 @pytest.mark.parametrize("layout", ["coco", "csv", "open_images"])
 def test_other_layouts(script, tmp_path, layout, capsys):
     draw = {"coco": synthetic.draw_coco, "csv": synthetic.draw_csv, "open_images": synthetic.draw_open_images}[layout]

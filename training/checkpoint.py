@@ -11,7 +11,7 @@ import argparse
 import copy
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,16 @@ from training import cli
 from utils import files, torch_files
 from utils.errors import UsageError
 
-NOT_COMPARED = (
-    "resume",
-    "overwrite",
-    "eval_only",
-    "preflight",
-    "config",
-    "workers",
-)  # flags that do not change the training
+# flags that do not change the training
+NOT_COMPARED = ("resume", "overwrite", "eval_only", "split", "preflight", "config", "workers")
 FLAG_OF_PART = {"scaler": "--precision", "ema": "--ema", "plateau": "--scheduler"}  # flags that turn a part on
 # flags that set an argument of a network, where their names differ
 FLAG_OF_ARGUMENT = {"radar": "--pointcloud", "threshold": "--frustum", "max_distance": "--max-pc-dist"}
 FLAG_OF_ARGUMENT |= {"depth": "--arch"}
 FREE_ARGUMENTS = {"proposals"}  # may differ from the checkpoint's: the weights mean the same
+# sizes of the images in evaluation, see models.describe, and the flags that set them
+FLAG_OF_SIZE = {"image_size": "--resolution (CenterFusion: --input-size)"}
+FLAG_OF_SIZE |= {"min_side": "--min-side", "max_side": "--max-side"}
 
 
 @dataclass
@@ -118,10 +115,26 @@ def restore(saved: Mapping[str, Any], parts: Mapping[str, Any], for_evaluation: 
     return Progress(**{name: saved[name] for name in asdict(Progress())})
 
 
-def changed_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def check_sizes(saved: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """UsageError if a run with this `metadata` (see models.describe) would continue `saved` with images of another
+    size."""
+    for name in FLAG_OF_SIZE:
+        before, now = saved.get(name), metadata.get(name)
+        before = (before, before) if name == "image_size" and isinstance(before, int) else before  # early checkpoints
+        if before is not None and now is not None and before != now:
+            raise UsageError(
+                f"{saved['file']}: its run has {name} {before}, this one {now}, with which its weights and its best "
+                f"validation would mean something else; give {FLAG_OF_SIZE[name]} as in that run, or start a new run "
+                f"from its weights: --weights {saved['file']} --model-dir NEW, without --resume"
+            )
+
+
+def changed_flags(
+    before: Mapping[str, Any], now: Mapping[str, Any], not_compared: Iterable[str] = NOT_COMPARED
+) -> list[str]:
     """Lines `epochs: 30 -> 60` for the flags, known to both dicts, whose values differ; in order of name."""
     before, now = _plain("flags", before), _plain("flags", now)
-    names = sorted((before.keys() & now.keys()) - set(NOT_COMPARED))
+    names = sorted((before.keys() & now.keys()) - set(not_compared))
     return [f"{name}: {before[name]} -> {now[name]}" for name in names if before[name] != now[name]]
 
 

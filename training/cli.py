@@ -1,5 +1,7 @@
 """Command lines and recipes: default < recipe (TOML, --config) < command line.
 
+With --eval-only the flags of the run that is evaluated come between the recipe and the command line.
+
 A recipe sets flags of its script under any of their names, with hyphens or underscores. A mistyped flag or key is an
 error that names the nearest known one; nothing is abbreviated, guessed or derived.
 """
@@ -13,6 +15,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from training import saved_flags
 from utils.errors import UsageError, UserError
 
 
@@ -56,6 +59,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse `argv` (default: the command line) over the recipe that it names over the defaults.
 
+        With --eval-only, flags that are not in `argv` are those of the run that --resume or --weights names, see
+        `saved_flags`, and the default of --model-dir is the folder of its checkpoint.
+
         Mistakes end in `error` (exit code 2), which names the flag, or the recipe and its key.
         """
         argv = self._declared_spellings(sys.argv[1:] if argv is None else argv)
@@ -64,7 +70,30 @@ class ArgumentParser(argparse.ArgumentParser):
         self._recipe = finder.parse_known_args(argv)[0].config
         namespace = self.parse_args(self._recipe_words(self._read_toml(self._recipe))) if self._recipe else None
         self._recipe = ""
-        return self.parse_args(argv, namespace)
+        args = self.parse_args(argv, namespace)
+        if "eval_only" not in args:
+            return args
+        if args.eval_only:
+            self._take_flags_of_run(args, argv)
+        elif args.split:
+            self.error(f"--split {args.split}: is for --eval-only; add it")
+        return args
+
+    def _take_flags_of_run(self, args, argv):
+        """Change `args` to the flags of the run that --eval-only evaluates, except those in `argv`."""
+        unset = object()
+        probe = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+        given = {name for name, value in vars(probe).items() if value is not unset}
+        file, saved = saved_flags.find(args) or (None, {})
+        saved, actions = saved_flags.choose(saved, given), {action.dest: action for action in self._actions}
+        for name, value in saved.items():
+            if name not in actions:
+                continue  # of an earlier version
+            if actions[name].choices and value not in actions[name].choices:
+                self.error(f"{file}: its --{name} is {value}, which this script does not have; use the run's script")
+            setattr(args, name, value)
+        if file and "model_dir" not in given:
+            args.model_dir = str(file.parent)
 
     def _flags(self):
         """{name without dashes and underscores: (option as declared, its action)} of all long flags."""
@@ -211,7 +240,10 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     resume = "continue a run at its very next step; without a value: auto, the newest checkpoint in --model-dir"
     arg("--resume", nargs="?", const="auto", default="", metavar="auto|RUN|FILE", help=resume)
     arg("--overwrite", action="store_true", help="delete the run in --model-dir and start a new one")
-    arg("--eval-only", action="store_true", help="evaluate the weights of --resume or --weights, then exit")
+    evaluate = "evaluate --resume or --weights with the flags of their run, write RUN/evaluation, then exit"
+    arg("--eval-only", action="store_true", help=evaluate)
+    split = "with --eval-only: the split to evaluate, by its name in --data (csv: a csv file); default: as in training"
+    arg("--split", default="", metavar="NAME", help=split)
     preflight = "run one step and one evaluation on the largest batches, print the peak memory, exit"
     arg("--preflight", action="store_true", help=preflight)
     arg("--seed", type=count, default=0, help="random seed of initial weights, data order and augmentation")
@@ -324,6 +356,7 @@ def add_detection_arguments(parser: ArgumentParser, masks: bool = False) -> None
 def layout_options(args: argparse.Namespace) -> dict:
     """The options of data.detection.load, from the flags that `add_detection_arguments` declared."""
     options = {"coco_sets": (args.coco_train, args.coco_val), "remap_by_name": args.remap_by_name}
+    options |= {"val_only": args.eval_only, "split": args.split}
     if "voc_offset" in args:
         options["csv_files"] = (args.csv_train, args.csv_val, args.csv_classes)
         options["voc_offset"] = args.voc_offset

@@ -42,7 +42,9 @@ class Plan:
         self.length = args.steps or self.steps_in(args.epochs)  # --max-steps does not change the schedule
         self.total_steps = 1 if args.preflight else min(self.length, args.max_steps or self.length)
         self.milestones = args.milestone_steps or [self.steps_in(epoch) for epoch in args.milestones]
-        self.lr_scale = lr_scale(args.batch_size, args.lr_batch_size, args.scale_lr, print)
+        self.lr_scale = 1.0
+        if not args.eval_only:
+            self.lr_scale = lr_scale(args.batch_size, args.lr_batch_size, args.scale_lr, print)
         self.plateau = schedule.Plateau(PLATEAU_PATIENCE if args.scheduler == "plateau" else 0, args.gamma)
         self._steps_to_log = 0
 
@@ -93,6 +95,12 @@ class Plan:
         if log:
             self._steps_to_log = 0
         return due
+
+    def stop_if_stale(self, progress: Progress, print: Callable[[str], object]) -> None:
+        """Leave no step to a resumed run that --patience has stopped."""
+        if self.args.patience and progress.stale >= self.args.patience and not self.args.preflight:
+            print(f"  --patience {self.args.patience} has stopped this run; to train on, give a larger one, or 0")
+            self.total_steps = progress.step
 
     def record_loss(self, due: Due, loss: float) -> None:
         """Pass the mean loss since losses were last logged to --scheduler plateau."""

@@ -3,11 +3,13 @@
 RUN/last.pt  previous.pt  best.pt          the latest checkpoint, the one before it, the best one
 RUN/epoch_012.pt  step_000200.pt           numbered copies, if flags ask for them
 RUN/metrics.jsonl  flags.json  versions.json  events.out.tfevents.*
+RUN/evaluation/  evaluation_SPLIT/         what --eval-only writes
 """
 
 import argparse
 import contextlib
 import json
+import math
 import os
 import socket
 import time
@@ -25,17 +27,18 @@ from training.distributed import Run
 from training.ema import Ema
 from training.logger import Logger
 from training.plan import Plan
+from training.saved_flags import BEST, LAST, NOT_TAKEN, NUMBERED, PREVIOUS, newest_first
 from training.signals import StopSignals
 from utils import files, torch_files
 from utils.errors import UsageError, UserError
 
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
-NUMBERED = ("epoch_*.pt", "step_*.pt")  # named by training.plan
 WEIGHTS = "backbone.pt"  # weights alone, see RunFolder.save_weights
+EVALUATION = "evaluation.json"  # in evaluation or evaluation_SPLIT, see RunFolder.report
 LOGS = ("metrics.jsonl", "nan_report.json", "events.out.tfevents.*")
 SHARED = ".shared_"  # beginning of the name of a file that exists while open_run looks whether all processes see it
 SHARED_SECONDS = 5  # time for it to appear on the other machines
 RUN_FILES = ("new.pt", LAST, PREVIOUS, BEST, WEIGHTS, *NUMBERED, "*.pt.tmp", "*.pt.damaged", f"{SHARED}*", *LOGS)
+RUN_FILES += (f"evaluation*/{EVALUATION}",)
 
 
 class RunFolder:
@@ -44,21 +47,26 @@ class RunFolder:
     path         Path
     checkpoint   the checkpoint that this run continues or evaluates; None without one, and after `restore`
     classes      the class names in it, or None
+    monitor      the metric by which `progress` knows the best validation
     progress     of the run; `restore` sets it to that of the checkpoint
     """
 
-    def __init__(self, args: argparse.Namespace, run: Run):
+    def __init__(self, args: argparse.Namespace, run: Run, monitor: str = ""):
         """Every process calls this. UsageError if the folder is refused, see `open_run`, and for --eval-only without
         weights to evaluate."""
         if args.eval_only and not args.resume and args.weights in ("none", "auto"):
             raise UsageError("--eval-only: no weights to evaluate; give --resume auto or --weights FILE")
-        self.args, self.run, self.path = args, run, Path(args.model_dir)
+        self.args, self.run, self.path, self.monitor = args, run, Path(args.model_dir), monitor
         self.writes = not (args.check_data or args.eval_only or args.preflight)  # checkpoints and logs
+        weights = torch_files.peek(args.weights) if args.eval_only and not args.resume else {}
+        weights = weights if "format_version" in weights else {}  # of ours
+        resume = args.resume or (args.weights if "step" in weights else "")
         self.checkpoint = None
         if not args.check_data:
-            self.checkpoint = open_run(run, self.path, args.resume, args.overwrite, read_only=not self.writes)
-        self.classes = self.checkpoint["classes"] if self.checkpoint else None
-        self.parts, self.metadata, self.progress = {}, {}, Progress()
+            self.checkpoint = open_run(run, self.path, resume, args.overwrite, read_only=not self.writes)
+        self.classes = (self.checkpoint or weights).get("classes")
+        self.source = self.checkpoint["file"] if self.checkpoint else args.weights  # of the weights
+        self.parts, self.metadata, self.progress, self.fingerprint = {}, {}, Progress(), ""
 
     def restore(
         self, net: nn.Module, optimizer: Optimizer, ema: Ema, plan: Plan, metadata: Mapping[str, Any]
@@ -66,25 +74,44 @@ class RunFolder:
         """Load the checkpoint, if there is one, into these objects, and remember what later checkpoints contain.
 
         metadata   plain values that describe the model, see models.describe
+
+        UsageError if the checkpoint does not fit, or has images of another size. A run that --patience has stopped is
+        at its end.
         """
         args, saved, parts = self.args, self.checkpoint, {"model": net, "optimizer": optimizer}
         parts |= {"scaler": self.run.scaler, "ema": ema, "plateau": plan.plateau}
         self.parts, self.metadata = parts, metadata
         if saved:
+            if not args.eval_only:
+                checkpoint.check_sizes(saved, metadata)
             self.progress = checkpoint.restore(saved, parts, args.eval_only)
-            loaded = f"lr {optimizer.param_groups[0]['lr']:.1e}"
-            if args.eval_only:
-                loaded = "averaged weights" if saved["ema"] else "weights"
-            step, file = self.progress.step, saved["file"]
-            self.run.print(f"resumed epoch {self.progress.epoch} step {step} {loaded} from {file}")
-            if self.run.inexact and not args.eval_only:
-                self.run.print(
-                    f"  later steps may differ from an uninterrupted run in the last bits: {self.run.inexact}"
-                )
-            for line in checkpoint.changed_flags(saved["flags"], vars(args)):
-                self.run.print(f"  changed: {line}")
+            self._print_resumed(saved, optimizer)
+            if not args.eval_only:
+                self._continue_best(saved)
+                plan.stop_if_stale(self.progress, self.run.print)
             self.checkpoint = None  # free its tensors
+        if args.eval_only and self.run.is_main:
+            self.fingerprint = checkpoint.fingerprint({"model": net})
         return self.progress
+
+    def _print_resumed(self, saved, optimizer):
+        args, loaded = self.args, f"lr {optimizer.param_groups[0]['lr']:.1e}"
+        if args.eval_only:
+            loaded = "averaged weights" if saved["ema"] else "weights"
+        self.run.print(f"resumed epoch {saved['epoch']} step {saved['step']} {loaded} from {saved['file']}")
+        if self.run.inexact and not args.eval_only:
+            self.run.print(f"  later steps may differ from an uninterrupted run in the last bits: {self.run.inexact}")
+        not_compared = NOT_TAKEN if args.eval_only else checkpoint.NOT_COMPARED
+        for line in checkpoint.changed_flags(saved["flags"], vars(args), not_compared):
+            self.run.print(f"  changed: {line}")
+
+    def _continue_best(self, saved):
+        """Forget the best validation if it is of another metric."""
+        before, progress = saved.get("monitor", self.monitor), self.progress
+        if before != self.monitor and progress.best is not None:
+            was = f"{before} {progress.best:.4g} at step {progress.best_step}"
+            self.run.print(f"  best.pt and --patience start anew with {self.monitor}; so far the best was {was}")
+            progress.best, progress.best_step, progress.stale = None, 0, 0
 
     def logger(self, plan: Plan, train_set: Any) -> Logger:
         """The log of the run; train_set.image_path(image_id) is the file of a training image."""
@@ -105,13 +132,14 @@ class RunFolder:
             if self.progress.best is not None and self.progress.best_step == self.progress.step:
                 copies = [BEST, *copies]
             contents = {**self.parts, **self.metadata, "flags": vars(self.args), **vars(self.progress)}
+            contents["monitor"] = self.monitor
             save(self.path, contents, copies, self.args.keep)
 
     def save_weights(self, net: nn.Module) -> None:
-        """Write backbone.pt: the weights of `net` and the metadata, for other training runs to start from."""
+        """Write backbone.pt: the weights of `net`, metadata and flags, for other training runs to start from."""
         if self.writes and self.run.is_main:
             try:
-                checkpoint.write(self.path / WEIGHTS, {**self.metadata, "model": net})
+                checkpoint.write(self.path / WEIGHTS, {**self.metadata, "flags": vars(self.args), "model": net})
             except OSError as error:
                 raise _not_written(self.path / WEIGHTS, error) from error
 
@@ -120,18 +148,34 @@ class RunFolder:
         if self.writes and self.run.is_main:
             files.write_text(self.path / name, "".join(f"{line}\n" for line in lines))
 
+    def read_lines(self, name: str) -> list[str] | None:
+        """The lines of a text file beside the checkpoint, until `restore`; None without either."""
+        file = Path(self.source).with_name(name) if self.checkpoint else None
+        return file.read_text(encoding="utf-8").splitlines() if file and file.is_file() else None
+
     def report(self, metrics: Mapping[str, float], evaluators: Sequence) -> Mapping[str, float]:
-        """The end of --eval-only: write the evaluators' files, print the metrics, return them."""
+        """The end of --eval-only: print the metrics, write them and the evaluators' files, return the metrics.
+
+        They are written into RUN/evaluation, or RUN/evaluation_SPLIT, so that those of the training stay.
+        """
         if self.run.is_main:
-            written = [name for evaluator in evaluators for name in evaluator.write(self.path)]
             self.run.print(json.dumps(metrics, indent=1))
-            self.run.print(f"{self.path}: {', '.join(written)} written")
+            name = Path(self.args.split).name.removesuffix(".csv").removesuffix(".txt")
+            folder = self.path / (f"evaluation_{name}" if name else "evaluation")
+            written = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            result = {"checkpoint": str(self.source), "step": self.progress.step, "epoch": self.progress.epoch}
+            result |= {"fingerprint": self.fingerprint, "metrics": written, "flags": vars(self.args)}
+            try:
+                files.write_json(folder / EVALUATION, result, indent=1)
+                names = [name for evaluator in evaluators for name in evaluator.write(folder)]
+            except OSError as error:
+                reason = error.strerror or error
+                raise UsageError(f"{folder}: not written: {reason}; give another --model-dir") from error
+            self.run.print(f"{folder}: {', '.join([EVALUATION, *names])} written")
         self.run.close()
         return metrics
 
-    def finish(
-        self, stop: StopSignals, monitor: str, metrics: Mapping[str, float], evaluators: Sequence
-    ) -> Mapping[str, float]:
+    def finish(self, stop: StopSignals, metrics: Mapping[str, float], evaluators: Sequence) -> Mapping[str, float]:
         """The end of training: print the result, return the metrics. SystemExit with code 130 or 143 after a signal."""
         stop.requested()  # a signal to one process during the last validation ends all of them with its code
         self.run.close()
@@ -149,7 +193,7 @@ class RunFolder:
                 self.run.print(table)
         if progress.best is not None:
             weights = f", its weights in {self.path / WEIGHTS}" if (self.path / WEIGHTS).is_file() else ""
-            self.run.print(f"best {monitor} {progress.best:.4g} at step {progress.best_step}{weights}")
+            self.run.print(f"best {self.monitor} {progress.best:.4g} at step {progress.best_step}{weights}")
         self.run.print(f"checkpoints, curves and images: tensorboard --logdir {self.path}")
         return metrics
 
@@ -271,10 +315,8 @@ def _is_restart():
 
 def _newest(run, folder):
     """(newest whole checkpoint in `folder`, None if there is no file; paths of the damaged ones that are newer)"""
-    others = [path for pattern in (*NUMBERED, BEST) for path in folder.glob(pattern)]
-    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     damaged, reasons = [], []
-    for path in [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()] + others:
+    for path in newest_first(folder):
         try:
             saved = checkpoint.read(path)
         except UserError as error:

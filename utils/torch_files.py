@@ -43,6 +43,19 @@ def read(path: str | Path) -> dict:
     return contents
 
 
+def peek(path: str | Path) -> dict:
+    """The dict in a file as `read` gives it, but its tensors stay on the disk until they are used; {} if there is none
+    or it cannot be read."""
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, struct.error):
+        try:
+            contents = read(path)  # a disk or a format that cannot be mapped into memory
+        except WeightsError:
+            return {}
+    return contents if isinstance(contents, dict) else {}
+
+
 def mismatches(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> list[str]:
     """Why `state` does not load strictly into a network with the state dict `own`: one text per tensor."""
     texts = [f"{name} is missing" for name in own if name not in state]

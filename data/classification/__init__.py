@@ -98,6 +98,8 @@ def load(
     cache: Path | None = None,
     seed: int = 0,
     print: Callable[[str], object] = print,
+    val_only: bool = False,
+    split: str = "",
 ) -> tuple[ImageFolderDataset, ImageFolderDataset, list[DataError]]:
     """(train, val, errors): both sets with one class list, the names of the training folders sorted.
 
@@ -105,15 +107,23 @@ def load(
     train, val   folders with the class folders, if they are not ROOT/train and ROOT/val
     classes      class names of a checkpoint in label order: they set the order, and the folders must have these names
     cache        folder for the cached lists of files if the data's own folder cannot be written
+    val_only     read no training set: val takes its place, and has its own classes if `classes` is None; else it may
+                 lack some of `classes`
+    split        of val_only: the folder ROOT/SPLIT is the validation set
 
     The errors are class folders without an image, and those that training does not have, whose images get label -1.
     Raises DataError where a folder is missing or has no class folder, and where the checkpoint has other classes.
     """
     folders = {"train": Path(train or Path(root) / "train"), "val": Path(val or Path(root) / "val")}
+    if split:
+        folders["val"] = _split_folder(Path(root), split)
+    if val_only:
+        del folders["train"]
     lists = {split: list_files(folder, split, cache, print) for split, folder in folders.items()}
-    own_classes = lists["train"]["classes"].tolist()
-    if classes is not None and set(classes) != set(own_classes):
-        raise DataError(folders["train"], "", _class_difference(set(classes), set(own_classes)))
+    first = next(iter(folders))
+    own_classes = lists[first]["classes"].tolist()
+    if classes is not None and set(classes) != set(own_classes) and not (val_only and set(classes) & set(own_classes)):
+        raise DataError(folders[first], "", _class_difference(set(classes), set(own_classes)))
     classes = own_classes if classes is None else list(classes)
     label_of = {name: label for label, name in enumerate(classes)}
     sets, errors = [], []
@@ -123,7 +133,15 @@ def load(
         paths = PackedPaths.from_arrays(files["content"], files["first"])
         sets.append(ImageFolderDataset(folder, paths, label[files["labels"]], classes, seed=seed))
         errors += _class_errors(folder, files, set(classes))
-    return *sets, errors
+    return sets[0], sets[-1], errors
+
+
+def _split_folder(root, split):
+    if (root / split).is_dir():
+        return root / split
+    folders = [path.name for path in root.glob("[!.]*") if path.is_dir()]
+    names = shortened(sorted(folders), MAX_NAMED) or "none"
+    raise DataError(root / split, "", f"no such split; folders in {root}: {names}")
 
 
 def _class_errors(folder: Path, files: dict, classes: set) -> Iterator[DataError]:

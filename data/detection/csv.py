@@ -45,6 +45,19 @@ def read(roots: Sequence[str | Path], split: str, files: Sequence[str] = ("", ""
     return annotations
 
 
+def find(name: str, roots: Sequence[str | Path]) -> tuple[str, str]:
+    """(csv file, classes.csv beside it or "") of the csv file `name`, a path or relative to one of `roots`. Raises
+    DataError."""
+    choices = [Path(folder) / name for folder in ("", *roots)]
+    for path in choices:
+        if path.is_file():
+            classes = path.with_name("classes.csv")
+            return str(path), str(classes) if classes.is_file() else ""
+    folders = {path.parent for path in choices if path.parent.is_dir()}
+    available = ", ".join(str(path) for folder in sorted(folders) for path in sorted(folder.glob("*.csv"))) or "none"
+    raise DataError(name, "", f"no such csv file; available: {available}")
+
+
 def _split_files(roots, split, files):
     """[(csv file, classes file or "")] of `split`."""
     train, val, classes = files

@@ -26,27 +26,30 @@ CORNERS = ("XMin", "YMin", "XMax", "YMax")
 MAX_FRACTION = 2  # a larger corner is in pixels; a smaller one may be a fraction somewhat outside of the image
 
 
-def read(roots: Sequence[str | Path], split: str) -> Annotations:
-    """The images of `split` ("train" or "val") in all `roots`, joined, with relative boxes.
+def read(roots: Sequence[str | Path], split: str, name: str = "") -> Annotations:
+    """The images of `split` ("train" or "val"), or of the split `name`, in all `roots`, joined, with relative boxes.
 
     Raises DataError where a folder is not an Open Images data set.
     """
     annotations = Annotations(relative=True)
     for root in map(Path, roots):
-        file, folder = _split_file(root, split)
+        file, folder = _split_file(root, split, name)
         _read_csv(file, folder, _descriptions(root), annotations)
     annotations.classes, annotations.class_errors = choose_classes(roots, annotations.names)
     return annotations
 
 
-def _split_file(root, split):
-    for name in SPLITS[split]:
+def _split_file(root, split, name):
+    names = (name,) if name else SPLITS[split]
+    for folder in names:
         for pattern in FILES:
-            if (root / pattern.format(name)).is_file():
-                return root / pattern.format(name), root / name
-    expected = ", ".join(pattern.format(name) for name in SPLITS[split] for pattern in FILES[:2])
+            if (root / pattern.format(folder)).is_file():
+                return root / pattern.format(folder), root / folder
+    expected = ", ".join(pattern.format(folder) for folder in names for pattern in FILES[:2])
     available = ", ".join(sorted(file.name for file in root.glob("*.csv"))) or "none"
-    raise DataError(root, "", f"no annotation file for {split}; expected one of {expected}; available: {available}")
+    raise DataError(
+        root, "", f"no annotation file for {name or split}; expected one of {expected}; available: {available}"
+    )
 
 
 def _descriptions(root):

@@ -7,14 +7,14 @@ A box is the tight one around a mask, and an image whose mask is all 0 is backgr
 The data set has no split: `split` draws one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from data.detection.dataset import Annotations, BoxDataset
-from data.files import missing_images, shortened
+from data.files import missing_images, read_lines, shortened
 from data.images import SUFFIXES, image_size, open_image
 from ops import rle
 from utils.errors import DataError
@@ -24,8 +24,10 @@ IMAGES, MASKS, MASK_ENDING = "PNGImages", "PedMasks", "_mask"
 MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's modes with one number per pixel
 
 
-def read(roots: Sequence[str | Path]) -> Annotations:
+def read(roots: Sequence[str | Path], only: Collection[str] | None = None) -> Annotations:
     """All images in all `roots`, joined and sorted by name in each, with masks, as run lengths.
+
+    only: file names of the images to read, if not all
 
     Raises DataError where a folder is not a PennFudanPed data set.
     """
@@ -35,6 +37,10 @@ def read(roots: Sequence[str | Path]) -> Annotations:
         images, masks = _list_images(root / IMAGES, ""), _list_images(root / MASKS, MASK_ENDING)
         if not images:
             raise DataError(root / IMAGES, "", "contains no image; put them there as NAME.png")
+        if only is not None:
+            stems = {Path(name).stem for name in only}
+            images = {name: path for name, path in images.items() if path.name in only}
+            masks = {name: path for name, path in masks.items() if name in stems}
         alone = [masks[name].name for name in masks if name not in images]
         if alone:
             annotations.errors.append(missing_images(root / MASKS, "", root / IMAGES, alone))
@@ -111,16 +117,30 @@ def split(dataset: BoxDataset, share: float, seed: int) -> tuple[BoxDataset, Box
     return dataset.without(val), dataset.select(val)
 
 
+def read_names(file: str) -> list[str]:
+    """The names in a text file with the file name of an image per line. Raises DataError."""
+    if not Path(file).is_file():
+        raise DataError(
+            file, "", "no such split; give all, or a text file of image names, such as held_out.txt of a run"
+        )
+    return [line.strip() for line in read_lines(file) if line.strip()]
+
+
+def check_names(dataset: BoxDataset, held_out: Iterable[str]) -> None:
+    """Raises DataError if an image with one of these file names is not in the data set."""
+    missing = sorted(set(held_out) - set(names(dataset)))
+    if missing:
+        reason = f"{shortened(missing)} not in the data; give the data set that the run began with"
+        raise DataError("validation images", "", reason)
+
+
 def split_by_names(dataset: BoxDataset, held_out: Iterable[str]) -> tuple[BoxDataset, BoxDataset]:
     """(train, val) of `dataset`: val is the images with the file names `held_out`, those of an earlier split.
 
     Raises DataError for a name that is not in the data set, and where no image is left for training.
     """
     available, held_out = names(dataset), set(held_out)
-    missing = sorted(held_out - set(available))
-    if missing:
-        reason = f"{shortened(missing)} not in the data; give the data set that the run began with"
-        raise DataError("validation images", "", reason)
+    check_names(dataset, held_out)
     val = [index for index, name in enumerate(available) if name in held_out]
     if len(val) == len(available):
         raise DataError("validation images", "", "are all images of the data set: none is left for training")

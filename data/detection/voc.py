@@ -23,9 +23,10 @@ SPLITS = {"train": ("trainval", "train", "default"), "val": ("test", "val", "def
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def read(roots: Sequence[str | Path], split: str, offset: int = 1) -> Annotations:
+def read(roots: Sequence[str | Path], split: str, offset: int = 1, name: str = "") -> Annotations:
     """The images of `split` ("train" or "val") in all `roots`, joined.
 
+    name     read ImageSets/Main/{name}.txt instead
     offset   coordinate of the first pixel, subtracted from xmin and ymin: 1 in VOC's own files, 0 in those of tools
              that write the edges of boxes
 
@@ -33,19 +34,21 @@ def read(roots: Sequence[str | Path], split: str, offset: int = 1) -> Annotation
     """
     annotations = Annotations()
     for root in map(Path, roots):
-        _read_root(root, _split_file(root, split), annotations, offset)
+        _read_root(root, _split_file(root, split, name), annotations, offset)
     annotations.classes, annotations.class_errors = choose_classes(roots, annotations.names)
     return annotations
 
 
-def _split_file(root, split):
-    folder = root / "ImageSets" / "Main"
-    for name in SPLITS[split]:
-        if (folder / f"{name}.txt").is_file():
-            return folder / f"{name}.txt"
+def _split_file(root, split, name):
+    folder, names = root / "ImageSets" / "Main", (name,) if name else SPLITS[split]
+    for file in [folder / f"{name}.txt" for name in names]:
+        if file.is_file():
+            return file
     available = ", ".join(sorted(file.name for file in folder.glob("*.txt"))) or "none"
-    expected = ", ".join(f"{name}.txt" for name in SPLITS[split])
-    raise DataError(folder, "", f"no split file for {split}; expected one of {expected}; available: {available}")
+    expected = ", ".join(f"{name}.txt" for name in names)
+    raise DataError(
+        folder, "", f"no split file for {name or split}; expected one of {expected}; available: {available}"
+    )
 
 
 def _read_root(root, split_file, annotations, offset):

@@ -55,7 +55,9 @@ def fine_tune(net: CenterFusion, path_or_state_dict: str | Path | dict, strict: 
             parts.append(head)
     random = [head for head in (*net.first_heads, *net.second_heads) if head not in parts]
     if strict and "hm" in random:
-        raise WeightsError(f"{label}: has other classes than the data; give the data that it was trained on")
+        count = len(state.get("hm.2.bias", ()))
+        counts = f"has other classes than the data, {count} in hm, {net.num_classes} in the data"
+        raise WeightsError(f"{label}: {counts}; give the data that it was trained on")
     # CenterNet's files of 2019 also have the ImageNet classifier of the body, base.fc.
     loaded = {key: value for key, value in state.items() if key.split(".")[0] in parts and "base.fc." not in key}
     unused = sorted({"base.fc" if "base.fc." in key else key.split(".")[0] for key in state} - {*parts, *random})

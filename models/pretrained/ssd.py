@@ -79,10 +79,12 @@ def fine_tune(net: ssd.SSD, path_or_state_dict: str | Path | dict, strict: bool 
     line = f"{loaded} of {total} tensors loaded"
     if not skipped:
         return line
+    other_count = class_count(state) not in (None, net.num_classes + 1)
+    counts = f"checkpoint {class_count(state)} classes, data {net.num_classes + 1} (with background)"
     if strict:
-        raise WeightsError(f"{label}: only {line}, an evaluation needs all; the first that does not fit: {skipped[0]}")
-    if class_count(state) not in (None, net.num_classes + 1):
-        counts = f"checkpoint {class_count(state)} classes, data {net.num_classes + 1} (with background)"
+        remedy = f"{counts}; give the data that it was trained on" if other_count else f"the first is {skipped[0]}"
+        raise WeightsError(f"{label}: only {line}, an evaluation needs all: {remedy}")
+    if other_count:
         return f"{counts}: head re-initialized, {line}"
     return f"{line}, the rest keeps random weights: {', '.join(skipped[:3])}{' ...' if len(skipped) > 3 else ''}"
 

@@ -199,17 +199,23 @@ def test_numbers():
 def test_options_of_data_sets_come_from_the_flags():
     parser = cli.ArgumentParser("train.py", "")
     cli.add_detection_arguments(parser)
+    cli.add_run_arguments(parser)
     assert cli.layout_options(parser.parse(["--csv-train", "a", "--csv_val", "b", "--voc-offset", "0"])) == {
         "coco_sets": ("train2017", "val2017"),
         "remap_by_name": False,
+        "val_only": False,
+        "split": "",
         "csv_files": ("a", "b", ""),
         "voc_offset": 0,
     }
     parser = cli.ArgumentParser("train.py", "")
     cli.add_detection_arguments(parser, masks=True)
-    assert cli.layout_options(parser.parse(["--coco-val", "x"])) == {
+    cli.add_run_arguments(parser)
+    assert cli.layout_options(parser.parse(["--coco-val", "x", "--eval-only", "--split", "y"])) == {
         "coco_sets": ("train2017", "x"),
         "remap_by_name": False,
+        "val_only": True,
+        "split": "y",
     }
     parser = cli.ArgumentParser("train.py", "")
     cli.add_nuscenes_arguments(parser)

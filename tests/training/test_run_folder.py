@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import resource
 import signal
@@ -172,6 +173,8 @@ def test_auto_without_a_whole_checkpoint(folder, run, tmp_path):
 def test_a_run_is_not_overwritten_by_accident(folder, run, tmp_path):
     for name in ("metrics.jsonl", "events.out.tfevents.1", "step_000002.pt", "best.pt", "backbone.pt", "notes.txt"):
         (folder / name).touch()
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "evaluation.json").touch()
     refused = "it already has a run; continue it with --resume auto, or give --overwrite or another folder"
     with pytest.raises(UsageError, match=refused):
         run_folder.open_run(run, folder)
@@ -188,7 +191,8 @@ def test_a_run_is_not_overwritten_by_accident(folder, run, tmp_path):
     assert run_folder.open_run(dataclasses.replace(run, rank=1), folder, overwrite=True) is None
     assert (folder / "last.pt").exists(), "only the main process removes anything"
     assert run_folder.open_run(run, folder, overwrite=True) is None
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "evaluation"}
+    assert not list((folder / "evaluation").iterdir())
 
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
@@ -219,9 +223,9 @@ class Evaluator:
         return "the table"
 
 
-def opened(path, run, words=""):
+def opened(path, run, words="", monitor="AP"):
     """(RunFolder, its parts) of a run of `small_run.network`, resumed if `words` ask for it."""
-    folder = RunFolder(small_run.flags(f"--model-dir {path} {words}"), run)
+    folder = RunFolder(small_run.flags(f"--model-dir {path} {words}"), run, monitor)
     _, parts, _ = small_run.parts()
     plan = Plan(folder.args, 10, lambda line: None)
     folder.restore(parts["model"], parts["optimizer"], parts["ema"], plan, {"classes": ["a", "b"], "arguments": {}})
@@ -255,7 +259,7 @@ def test_weights_are_saved_alone_with_the_metadata(tmp_path, run):
     folder, parts = opened(tmp_path, run)
     folder.save_weights(parts["model"])
     saved = torch.load(tmp_path / "backbone.pt", weights_only=True)
-    assert set(saved) == {"format_version", "classes", "arguments", "model"}
+    assert set(saved) == {"format_version", "classes", "arguments", "flags", "model"}
     small_run.network().load_state_dict(saved["model"])
 
 
@@ -302,21 +306,94 @@ def test_the_logger_has_the_steps_and_flags_of_the_run(tmp_path, run):
     assert json.loads((tmp_path / "flags.json").read_text())["batch_size"] == 4
 
 
-def test_the_end_of_an_evaluation_writes_and_prints_the_result(tmp_path, run, capsys):
-    folder, _ = opened(tmp_path, run)
-    assert folder.report({"AP": 0.5}, [Evaluator()]) == {"AP": 0.5}
-    assert (tmp_path / "table.csv").exists()
-    assert capsys.readouterr().out == f'{{\n "AP": 0.5\n}}\n{tmp_path}: table.csv written\n'
+@pytest.mark.parametrize(("words", "name"), [("", "evaluation"), ("--split lists/test.csv", "evaluation_test")])
+def test_the_end_of_an_evaluation_writes_and_prints_the_result(tmp_path, run, capsys, words, name):
+    opened(tmp_path, run)[0].save()
+    saved = checkpoint.read(tmp_path / "last.pt")
+    capsys.readouterr()
+    folder, _ = opened(tmp_path, run, f"--resume --eval-only {words}")
+    metrics = {"AP": 0.5, "AP_small": math.nan}
+    assert folder.report(metrics, [Evaluator()]) == metrics
+    assert (tmp_path / name / "table.csv").exists()
+    printed = capsys.readouterr().out
+    assert printed.endswith(
+        f'"AP": 0.5,\n "AP_small": NaN\n}}\n{tmp_path / name}: evaluation.json, table.csv written\n'
+    )
+    written = json.loads((tmp_path / name / "evaluation.json").read_text())
+    assert written["metrics"] == {"AP": 0.5, "AP_small": None}
+    assert (written["checkpoint"], written["step"], written["epoch"]) == (str(tmp_path / "last.pt"), 0, 0)
+    assert written["fingerprint"] == checkpoint.fingerprint({"model": saved["ema"]["model"]})
+    assert written["flags"] == vars(folder.args)
+
+
+def test_an_evaluation_that_cannot_be_written_is_printed(tmp_path, run, capsys):
+    opened(tmp_path, run)[0].save()
+    folder, _ = opened(tmp_path, run, "--resume --eval-only")
+    (tmp_path / "evaluation").touch()  # a file in place of the folder
+    with pytest.raises(UsageError, match=r"evaluation: not written: .*; give another --model-dir"):
+        folder.report({"AP": 0.5}, [])
+    assert '"AP": 0.5' in capsys.readouterr().out
+
+
+def test_images_of_another_size_do_not_continue_a_run(tmp_path, run):
+    def resume(words="--resume", **sizes):
+        folder, (_, parts, _) = RunFolder(small_run.flags(f"--model-dir {tmp_path} {words}"), run), small_run.parts()
+        plan = Plan(folder.args, 10, lambda line: None)
+        folder.restore(parts["model"], parts["optimizer"], parts["ema"], plan, {"classes": ["a"], **sizes})
+        return folder
+
+    resume("", image_size=(96, 96), min_side=64).save()
+    resume(image_size=(96, 96), min_side=64)
+    resume("--resume --eval-only", image_size=(64, 64))
+    with pytest.raises(
+        UsageError, match=r"image_size \(96, 96\), this one \(64, 64\).*give --resolution .*--weights .*last.pt"
+    ):
+        resume(image_size=(64, 64))
+    with pytest.raises(UsageError, match=r"min_side 64, this one 48.*give --min-side as in that run"):
+        resume(min_side=48)
+
+
+def test_another_monitor_starts_the_best_anew(tmp_path, run, capsys):
+    first, _ = opened(tmp_path, run, monitor="loss")
+    first.progress.step = 3
+    first.progress.record(0.25, higher_is_better=False)
+    first.save()
+    same, _ = opened(tmp_path, run, "--resume", monitor="loss")
+    assert (same.progress.best, same.progress.best_step) == (0.25, 3)
+    capsys.readouterr()
+    other, _ = opened(tmp_path, run, "--resume", monitor="AP")
+    assert (other.progress.step, other.progress.best, other.progress.best_step, other.progress.stale) == (3, None, 0, 0)
+    assert "start anew with AP; so far the best was loss 0.25 at step 3" in capsys.readouterr().out
+
+
+def test_a_run_that_patience_has_stopped_stays_so(tmp_path, run, capsys):
+    def steps_left(words):
+        folder, (_, parts, _) = (
+            RunFolder(small_run.flags(f"--model-dir {tmp_path} {words}"), run, "AP"),
+            small_run.parts(),
+        )
+        plan = Plan(folder.args, 10, lambda line: None)
+        folder.restore(parts["model"], parts["optimizer"], parts["ema"], plan, {"classes": ["a"]})
+        return plan.total_steps - folder.progress.step
+
+    stopped, _ = opened(tmp_path, run, "--patience 2")
+    stopped.progress.step = 4
+    for value in (0.5, 0.4, 0.3):
+        stopped.progress.record(value, higher_is_better=True)
+    stopped.save()
+    assert steps_left("--resume --steps 10 --patience 2") == 0
+    assert "--patience 2 has stopped this run" in capsys.readouterr().out
+    assert steps_left("--resume --steps 10 --patience 3") == steps_left("--resume --steps 10") == 6
 
 
 def test_the_end_of_training_prints_the_best_validation(tmp_path, run, capsys):
     folder, parts = opened(tmp_path, run)
     folder.progress.step = 3
     folder.progress.record(0.25, higher_is_better=True)
-    assert folder.finish(StopSignals(run), "AP", {"AP": 0.2}, [Evaluator()]) == {"AP": 0.2}
+    assert folder.finish(StopSignals(run), {"AP": 0.2}, [Evaluator()]) == {"AP": 0.2}
     assert capsys.readouterr().out.splitlines()[:2] == ["the table", "best AP 0.25 at step 3"]
     folder.save_weights(parts["model"])
-    folder.finish(StopSignals(run), "AP", {}, [])
+    folder.finish(StopSignals(run), {}, [])
     assert f"best AP 0.25 at step 3, its weights in {tmp_path / 'backbone.pt'}" in capsys.readouterr().out
 
 
@@ -325,7 +402,7 @@ def test_the_end_of_training_asks_the_main_process_only_for_tables(tmp_path, run
     folder, _ = opened(tmp_path, dataclasses.replace(run, rank=1))
     evaluator = Evaluator()
     evaluator.table = lambda: pytest.fail("not the main process")
-    assert folder.finish(StopSignals(run), "AP", {"AP": 0.2}, [evaluator]) == {"AP": 0.2}
+    assert folder.finish(StopSignals(run), {"AP": 0.2}, [evaluator]) == {"AP": 0.2}
 
 
 def test_the_end_after_a_signal_has_its_exit_code(tmp_path, run, capsys):
@@ -333,13 +410,13 @@ def test_the_end_after_a_signal_has_its_exit_code(tmp_path, run, capsys):
     with StopSignals(run) as stop:
         signal.raise_signal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
-        folder.finish(stop, "AP", {}, [])
+        folder.finish(stop, {}, [])
     assert "stopped and saved at step 0; continue with --resume auto" in capsys.readouterr().out
 
 
 def test_the_end_of_a_preflight_prints_the_peaks(tmp_path, run, capsys):
     folder, _ = opened(tmp_path, run, "--preflight")
-    folder.finish(StopSignals(run), "AP", {}, [Evaluator()])
+    folder.finish(StopSignals(run), {}, [Evaluator()])
     assert capsys.readouterr().out.startswith("preflight: peak GPU memory 0 MB, RAM ")
 
 
@@ -347,7 +424,7 @@ def test_a_signal_to_another_process_in_the_last_validation_ends_this_one_alike(
     folder, _ = opened(tmp_path, run)
     other = types.SimpleNamespace(max=lambda number: max(number, signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
-        folder.finish(StopSignals(other), "AP", {}, [])
+        folder.finish(StopSignals(other), {}, [])
     assert ended.value.code == 143
 
 

@@ -71,6 +71,22 @@ def test_the_classes_of_a_checkpoint_apply(root):
         load(root, classes=["cat", "cow"])
 
 
+def test_a_validation_set_alone(root):
+    """It may lack classes of the checkpoint, and may be another folder."""
+    expected = names(load(root)[1])
+    (root / "train").rename(root / "extra")
+    train, val = load(root, val_only=True)
+    assert train is val and names(val) == expected
+    assert names(load(root, val_only=True, split="extra")[0])[0] == ("cat/3.jpeg", "cat")
+    val, _ = load(root, classes=["cow", "dog", "cat"], val_only=True)
+    assert val.classes == ["cow", "dog", "cat"] and sorted(val.labels.tolist()) == [1, 2]
+    with pytest.raises(DataError, match="not the checkpoint's classes"):
+        load(root, classes=["cow"], val_only=True)
+    assert len(classification.load(root, classes=["cat"], val_only=True)[2]) == 1
+    with pytest.raises(DataError, match=r"nowhere: no such split; folders in .*set: extra, val"):
+        load(root, val_only=True, split="nowhere")
+
+
 def test_long_lists_of_classes_are_shortened(root):
     with pytest.raises(DataError, match=r"only the checkpoint has c00, .*, c09 and 20 more; only") as caught:
         load(root, classes=[f"c{number:02}" for number in range(30)])

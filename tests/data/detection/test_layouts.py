@@ -120,3 +120,46 @@ def test_the_classes_of_a_checkpoint_apply(drawn_voc):
 def test_a_missing_folder():
     with pytest.raises(DataError, match=r"^nowhere: no such folder; give --data the folder of the data set$"):
         detection.load("voc", ["nowhere"])
+
+
+def sample_paths(dataset):
+    return [dataset.paths[index] for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize(
+    ("layout", "split", "available"),
+    [
+        ("voc", "train", "available: test.txt, train.txt, trainval.txt, val.txt"),
+        ("open_images", "train", "available: "),
+        ("coco", "train2017", "available: instances_train2017.json, instances_val2017.json"),
+        ("csv", "train.csv", "available: .*train.csv, .*val.csv"),
+    ],
+)
+def test_a_validation_set_alone_and_any_split(roots, tmp_path, layout, split, available):
+    root = roots[layout]
+    train, val, _ = detection.load(layout, [root])
+    first, second, errors = detection.load(layout, [root], val_only=True)
+    assert first is second and not errors
+    assert (sample_paths(first), first.classes) == (sample_paths(val), val.classes)
+    chosen, _, _ = detection.load(layout, [root], val_only=True, split=split)
+    if layout == "voc":  # train.txt is a part of the trainval.txt that training reads
+        assert set(sample_paths(chosen)) < set(sample_paths(train))
+    else:
+        assert sample_paths(chosen) == sample_paths(train)
+    with pytest.raises(DataError, match=rf"nowhere.*{available}"):
+        detection.load(layout, [root], val_only=True, split="nowhere")
+
+
+def test_the_validation_set_alone_has_the_classes_of_the_checkpoint(roots):
+    names = [*drawing.CLASSES[:2], "moon"]
+    val, _, _ = detection.load("voc", [roots["voc"]], classes=names, val_only=True)
+    assert val.classes == names and set(val.unknown) == set(drawing.CLASSES[2:])
+    with pytest.raises(DataError, match="no class in common"):
+        detection.load("voc", [roots["voc"]], classes=["moon"], val_only=True)
+    reversed_names = list(drawing.CLASSES)[::-1]
+    with pytest.raises(DataError, match="another order"):
+        detection.load("csv", [roots["csv"]], classes=reversed_names, val_only=True)
+    files = ("", str(roots["csv"] / "val.csv"), "")  # without classes.csv, the data have no order
+    assert (
+        detection.load("csv", [], classes=reversed_names, val_only=True, csv_files=files)[0].classes == reversed_names
+    )

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,6 +180,28 @@ def test_an_earlier_split_by_its_file_names(root):
         load_penn_fudan([root], held_out=[*penn_fudan.names(val), "gone.png"])
     with pytest.raises(DataError, match="none is left for training"):
         load_penn_fudan([root], held_out=penn_fudan.names(train) + penn_fudan.names(val))
+
+
+def test_a_validation_set_alone(root, tmp_path):
+    """The images that were held out are enough; without their names, a part of the images is drawn, as for training."""
+    _, val, _ = load_penn_fudan([root], split_seed=3)
+    held_out = penn_fudan.names(val)
+    again, second, _ = load_penn_fudan([root], split_seed=3, val_only=True)
+    assert again is second and penn_fudan.names(again) == held_out
+    alone = Path(shutil.copytree(root, tmp_path / "alone"))
+    for path in (alone / "PNGImages").iterdir():
+        if path.name not in held_out:
+            path.unlink()
+    (tmp_path / "names.txt").write_text("\n".join(held_out) + "\n\n")
+    for options in ({"held_out": held_out}, {"split": str(tmp_path / "names.txt")}):
+        dataset, _, errors = load_penn_fudan([alone], val_only=True, **options)
+        assert penn_fudan.names(dataset) == held_out and not errors
+    (alone / "PNGImages" / held_out[0]).unlink()
+    with pytest.raises(DataError, match=f"{held_out[0]} not in the data"):
+        load_penn_fudan([alone], val_only=True, held_out=held_out)
+    assert len(load_penn_fudan([root], val_only=True, held_out=held_out, split="all")[0]) > len(held_out)
+    with pytest.raises(DataError, match="nowhere: no such split; give all, or a text file"):
+        load_penn_fudan([root], val_only=True, split="nowhere")
 
 
 def test_the_classes_of_a_checkpoint_apply(root):

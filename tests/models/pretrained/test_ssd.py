@@ -152,8 +152,11 @@ def test_fine_tune():
     line = "checkpoint 21 classes, data 6 (with background): head re-initialized, 190 of 202 tensors loaded"
     assert ssd.fine_tune(net, checkpoint(source)) == line
     assert ssd.fine_tune(net, net.state_dict(), strict=True) == "202 of 202 tensors loaded"
-    with pytest.raises(WeightsError, match=r"only 190 of 202 .*an evaluation needs all; .*: classification_headers.0"):
+    with pytest.raises(WeightsError, match=r"only 190 of 202 .* needs all: checkpoint 21 classes, data 6 .*; give"):
         ssd.fine_tune(net, source.state_dict(), strict=True)
+    partial = {name: value for name, value in net.state_dict().items() if name != "extras.0.0.bias"}
+    with pytest.raises(WeightsError, match=r"an evaluation needs all: the first is extras\.0\.0\.bias"):
+        ssd.fine_tune(net, partial, strict=True)
     lite = models.build("mb1-ssd-lite", 20)
     line = ssd.fine_tune(lite, source.state_dict())
     assert line.startswith("172 of 230 tensors loaded, the rest keeps random weights: ")

@@ -1,0 +1,43 @@
+"""The flags of the run whose checkpoint --eval-only evaluates; they are its defaults."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils import torch_files
+
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+NUMBERED = ("epoch_*.pt", "step_*.pt")  # named by training.plan
+# Flags about this process, or about what training starts from: an evaluation does not take them from the run.
+NOT_TAKEN = {"config", "model_dir", "resume", "overwrite", "eval_only", "split", "preflight", "check_data", "monitor"}
+NOT_TAKEN |= {"weights", "backbone_weights", "device", "use_cuda", "gpus", "compile", "sync_bn", "accumulate"}
+NOT_TAKEN |= {"workers", "log_level", "log_every"}
+# A new --data stands for all of these.
+PARTS_OF_DATA = {"train", "val", "csv_train", "csv_val", "csv_classes"}
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a run folder: last.pt, previous.pt, then the others, the newest first."""
+    others = [path for pattern in (*NUMBERED, BEST) for path in folder.glob(pattern)]
+    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()] + others
+
+
+def find(args: argparse.Namespace) -> tuple[Path, Mapping[str, Any]] | None:
+    """(file, flags in it) of the checkpoint of ours that --resume or --weights names; None if there is none.
+
+    Nothing is an error here: RunFolder reads the file again, as a whole, and explains what is wrong.
+    """
+    source = Path(args.model_dir if args.resume == "auto" else args.resume or getattr(args, "weights", "none"))
+    for file in newest_first(source) if source.is_dir() else [source]:
+        contents = torch_files.peek(file)
+        if "format_version" in contents:
+            return file, contents.get("flags", {})
+    return None
+
+
+def choose(saved: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
+    """Those of the `saved` flags that an evaluation takes if the flags `given` are on its command line."""
+    skipped = NOT_TAKEN | given | (PARTS_OF_DATA if "data" in given else set())
+    return {name: value for name, value in saved.items() if name not in skipped}
