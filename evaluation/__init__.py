@@ -46,6 +46,10 @@ class Evaluator:
         """Class name -> (precision, recall, scores), float64 [N] each, in descending order of score; {}: no curves."""
         return {}
 
+    def average_precisions(self) -> dict[str, float]:
+        """AP of each class of `curves`."""
+        return {}
+
     def computed(self) -> Any:
         """What `compute` computed last; RuntimeError before it."""
         if self._computed is None:
