@@ -38,6 +38,10 @@ class Evaluator:
         """The metrics as text, for a console."""
         raise NotImplementedError
 
+    def summary(self) -> str:
+        """The main metrics on one line, and what they mean."""
+        raise NotImplementedError
+
     def write(self, folder: Path) -> list[str]:
         """Write tables and detections into a folder; returns the names of the files."""
         raise NotImplementedError
@@ -71,3 +75,9 @@ def score_ground_truth(evaluator: Evaluator, dataset: Any) -> dict[str, float]:
             detection["masks"] = [mask for mask, is_kept in zip(target["masks"], keep.tolist()) if is_kept]
         evaluator.update([target], [{**detection, "scores": torch.ones(len(detection["labels"]))}])
     return evaluator.compute()
+
+
+def ground_truth_score(evaluator: Evaluator, dataset: Any) -> str:
+    """One line about `score_ground_truth`."""
+    score_ground_truth(evaluator, dataset)
+    return f"ground truth scored as predictions: {evaluator.summary()}"

@@ -104,6 +104,11 @@ class COCOEvaluator(Evaluator):
         files.write_json(Path(folder) / "detections_masks.json", rows)
         return ["detections.json", "detections_masks.json"]
 
+    def summary(self) -> str:
+        """AP of boxes and masks."""
+        metrics = self.computed()[1]
+        return f"AP {metrics['AP']:.3f}" + (f", mask AP {metrics['mask AP']:.3f}" if self.masks else "")
+
     def table(self) -> str:
         """AP and AP50 on one line."""
         metrics = self.computed()[1]

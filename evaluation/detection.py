@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import Evaluator
-from evaluation.coco import COCOEvaluator
+from evaluation import Evaluator, coco, voc
+from evaluation.coco import MASK_MEASURES, COCOEvaluator
 from evaluation.voc import VOCEvaluator
 from utils.coco import CocoTruth
+
+__all__ = ["MASK_MEASURES", "MEASURES", "DetectionEvaluator"]
+
+MEASURES = (*coco.MEASURES, *voc.MEASURES)
 
 
 class DetectionEvaluator(Evaluator):
@@ -43,6 +47,6 @@ class DetectionEvaluator(Evaluator):
     def average_precisions(self) -> dict[str, float]:
         return self.voc.average_precisions()
 
-    def rule(self) -> str:
-        """What VOC's AP is here, in words."""
-        return self.voc.rule()
+    def summary(self) -> str:
+        """COCO's AP of boxes and masks, mAP and what it is."""
+        return f"{self.coco.summary()}, {self.voc.summary()}"

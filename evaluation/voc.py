@@ -25,6 +25,7 @@ TRUTH = [("image", np.int64), ("label", np.int32), ("ignore", np.bool_), ("match
 DETECTION = [("image", np.int64), ("label", np.int32), ("score", np.float32), ("outcome", np.int8)]
 DETECTION += [("matched_label", np.int32)]
 BOX = [("box", np.float32, 4)]
+MEASURES = ("mAP", "mAP_11point")  # over the classes
 CONFUSION_SCORE = 0.5  # minimum score of a detection in confusion.csv
 
 
@@ -128,6 +129,10 @@ class VOCEvaluator(Evaluator):
     def rule(self) -> str:
         """What AP is here, in words."""
         return f"{'VOC2007 11-point AP' if self.use_2007 else 'area under the curve'} at IoU {self.iou:g}"
+
+    def summary(self) -> str:
+        """mAP and what it is."""
+        return f"mAP {mean(self.average_precisions().values()):.3f} ({self.rule()})"
 
     def confusion(self, score: float = CONFUSION_SCORE) -> np.ndarray:
         """int64 [K+1,K+1]: row the true class, column the detected one, background last in both.
