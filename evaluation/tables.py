@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.io import encode_png
+from PIL import Image
 
 from utils import files
 
@@ -38,8 +38,8 @@ def write_curves(
     files.write_csv(Path(folder) / "pr_curves.csv", rows)
     if draw is None:
         return ["pr_curves.csv"]
-    png = encode_png(draw(curves, ap, title)).numpy().tobytes()
-    files.write(Path(folder) / "pr_curves.png", lambda file: file.write(png))
+    image = Image.fromarray(draw(curves, ap, title).permute(1, 2, 0).numpy())
+    files.write(Path(folder) / "pr_curves.png", lambda file: image.save(file, "PNG"))
     return ["pr_curves.csv", "pr_curves.png"]
 
 

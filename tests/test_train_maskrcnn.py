@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 
 import pytest
 import torch
@@ -27,11 +28,16 @@ def script(drawn):
 
 def test_boxes_masks_and_losses_are_measured(script, tmp_path, capsys):
     more = ["--max-steps", 3, "--no-freeze-bn", "--save-every-epochs", 1, "--subset", 4]
+    more += ["--score-threshold", 0, "--max-detections", 2]
     metrics = script.main(tmp_path, *more)
     assert "ground truth scored as predictions: AP 1.000, mask AP 1.000, mAP 1.000 (area" in capsys.readouterr().out
     assert set(metrics) == {"loss", *LOSSES, *MEASURES, *MASK_MEASURES, "AP/person", "AP_11point/person"}
     assert metrics["loss"] == pytest.approx(sum(metrics[name] for name in LOSSES))
     assert (tmp_path / "epoch_001.pt").is_file()
+    images = [row["image_id"] for row in json.loads((tmp_path / "detections.json").read_text())]
+    assert max(images.count(image) for image in images) == 2
+    header = (tmp_path / "per_class.csv").read_text().splitlines()[0]
+    assert header.endswith("COCO_AP,COCO_AP50,COCO_mask_AP,COCO_mask_AP50") and (tmp_path / "confusion.csv").is_file()
     net = models.load(tmp_path / "last.pt")
     assert (net.name, net.classes, net.min_side, net.max_side) == ("maskrcnn_resnet18", ["person"], 64, 96)
 

@@ -70,7 +70,7 @@ def _axes(pen, title):
     (middle, bottom), (left, top) = _place(0.5, 0), _place(0, 1)
     _write(pen, (middle, bottom + 28 * SCALE), "recall", BLACK, "mt")
     _write(pen, (left - 30 * SCALE, top - 12 * SCALE), "precision", BLACK, "ls")
-    _write(pen, (SCALE * SIZE[0] // 2, 8 * SCALE), title, BLACK, "mt")
+    _write(pen, (middle, 12 * SCALE), title, BLACK, "mt")
 
 
 def _legend(pen, lines, has_gap):
