@@ -328,12 +328,10 @@ def add_score_arguments(
     arg = parser.add_argument_group("detections and their score, in validation and --eval-only").add_argument
     arg("--score-threshold", type=probability, default=score_threshold, help="minimum score of a detection")
     arg("--nms-iou", type=probability, default=nms_iou, help="IoU threshold of non-maximum suppression")
-    maximum = "maximum number of detections per image; COCO's AP counts at most 100 of each class in an image"
+    maximum = "maximum number of detections per image; COCO's AP, where measured, counts at most 100 of each class"
     names = ("--detections-per-image", "--max-detections", "--most-detections")
     arg(*names, type=positive, default=detections_per_image, metavar="N", help=maximum)
-    true = (
-        "minimum IoU of a true positive in mAP, AP/CLASS, the curves and confusion.csv; COCO's AP has IoUs of its own"
-    )
+    true = "minimum IoU of a true positive in mAP, AP/CLASS, the curves and confusion.csv; COCO's AP has its own"
     arg("--iou-threshold", type=number(float, 0.01, max_=1), default=0.5, help=true)
     points = "mAP and AP/CLASS are the 11-point ones of VOC2007 instead of the area under the curve"
     arg("--use-2007-metric", type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=points)
