@@ -39,7 +39,7 @@ class Evaluator:
         raise NotImplementedError
 
     def summary(self) -> str:
-        """The main metrics on one line, and what they mean."""
+        """The main metrics on one line and what they mean, of the evaluators of 2D detectors."""
         raise NotImplementedError
 
     def write(self, folder: Path) -> list[str]:
