@@ -165,7 +165,7 @@ class VOCEvaluator(Evaluator):
         rows = [[*row, *cells] for row, cells in zip(rows, more, strict=True)] if more else rows
         files.write_csv(folder / "per_class.csv", rows)
         names = ["per_class.csv", *tables.write_confusion(folder, self.confusion(score), self.classes)]
-        names += tables.write_curves(folder, self.curves(), self.average_precisions(), self.rule(), self.draw)
+        names += tables.write_curves(folder, self.curves(), self.average_precisions(), f"AP: {self.rule()}", self.draw)
         return names + (self.write_results(folder) if self.image_path else [])
 
     def per_class(self) -> list[list]:
