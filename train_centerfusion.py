@@ -27,7 +27,7 @@ from training.run_folder import RunFolder
 from training.signals import StopSignals
 from utils.errors import UsageError
 from utils.nuscenes import devkit_is_installed
-from visualize import draw3d
+from visualize import draw3d, pr_curves
 
 USAGE = "python train_centerfusion.py --data FOLDER --pointcloud --velocity --nuscenes-att --model-dir RUN [flags]"
 STRIDE = 4  # input pixels per cell of the output maps
@@ -42,8 +42,7 @@ def parse_args(argv):
     arg("--flip", type=cli.probability, default=0.5, help="probability of a horizontal flip")
     shift = "standard deviation of a random shift, as a share of the longer side; at most twice that"
     arg("--shift", type=cli.non_negative, default=0.1, help=shift)
-    scale = "standard deviation, and maximum, of a random zoom"
-    arg("--scale", type=cli.number(float, 0, 1), default=0.0, help=scale)
+    arg("--scale", type=cli.number(float, 0, 1), default=0.0, help="standard deviation, and maximum, of a random zoom")
     arg("--color-jitter", "--colour", type=cli.probability, default=0.5, help="probability of each color change")
     arg("--shuffle-train", "--not-rand-crop", action="store_true", help="no effect: it always shuffles and never crops")
 
@@ -173,11 +172,12 @@ def main(argv=None):
     val_collate = functools.partial(collate.val, **made, flip_test=args.flip_test)
     val_loader = loader.eval_loader(val_set, args.batch_size, process, val_collate)
     validate = functools.partial(evaluate, net, run=run, loss_sums=loss_sums, flip_test=args.flip_test)
-    new_evaluator = functools.partial(NuScenesEvaluator, args.data, args.version, args.val_split, args.pointcloud)
+    tables = args.data, args.version, args.val_split
+    new_evaluator = functools.partial(NuScenesEvaluator, *tables, args.pointcloud, print=run.print, draw=pr_curves.draw)
     if args.run_dataset_eval and not args.preflight:
         run.print(score_ground_truth(new_evaluator(merge_distance=0.5), val_set, run.gather, run.is_main))
     if args.eval_only:
-        metrics, evaluators, _ = validate(val_loader, new_evaluator(print=run.print))
+        metrics, evaluators, _ = validate(val_loader, new_evaluator())
         return run_folder.report(metrics, evaluators)
     balance = train_set.balance_weights() if args.balance_data else None
     sampler = loader.StepSampler(
@@ -212,7 +212,7 @@ def main(argv=None):
             if due.validate:
                 run_folder.save()  # if the validation is killed, no step is lost
                 with ema.applied(), logger.paused():
-                    official = new_evaluator(print=run.print) if args.run_dataset_eval and not args.preflight else None
+                    official = new_evaluator() if args.run_dataset_eval and not args.preflight else None
                     metrics, evaluators, samples = validate(val_loader, official, num_samples=4)
                     progress.record(metrics[monitor], cli.higher_is_better(monitor))
                 optim.set_train_mode(net, frozen, args.freeze_bn)

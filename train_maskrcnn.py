@@ -18,8 +18,8 @@ import torch
 import models
 from data import checks, classes, detection, loader, transforms
 from data.detection import penn_fudan
-from evaluation import score_ground_truth
-from evaluation.coco import MASK_MEASURES, MEASURES, COCOEvaluator
+from evaluation import ground_truth_score
+from evaluation.detection import MASK_MEASURES, MEASURES, DetectionEvaluator
 from losses import maskrcnn
 from models import pretrained
 from ops.boxes import to_file_pixels
@@ -31,7 +31,7 @@ from training.plan import Plan
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 from utils.errors import UsageError
-from visualize import draw2d
+from visualize import draw2d, pr_curves
 
 USAGE = "python train_maskrcnn.py --data FOLDER --model-dir RUN [flags]"
 HELD_OUT = "held_out.txt"
@@ -41,13 +41,11 @@ def parse_args(argv):
     parser = cli.ArgumentParser("train_maskrcnn.py", __doc__, USAGE)
     arg = parser.add_argument_group("data").add_argument
     arg("--dataset", "--dataset-type", choices=("pennfudan", "coco"), default="pennfudan", help="layout of --data")
-    folders = "one or more folders, joined"
-    arg("--data", "--coco-path", dest="data", nargs="+", default=["data/PennFudanPed"], help=folders)
+    arg("--data", "--coco-path", dest="data", nargs="+", default=["data/PennFudanPed"], help="one or more folders")
     share = "pennfudan: share of the images in the validation set"
     arg("--val-share", type=cli.number(float, 0, 1), default=0.2, help=share)
     arg("--split-seed", type=cli.count, default=0, help="pennfudan: random seed of that split")
-    subset = "train on N images, drawn with --seed; 0: all"
-    arg("--subset", type=cli.count, default=0, metavar="N", help=subset)
+    arg("--subset", type=cli.count, default=0, metavar="N", help="train on N images, drawn with --seed; 0: all")
     cli.add_resize_arguments(parser, min_side=800, max_side=1333)
 
     arg = parser.add_argument_group("network").add_argument
@@ -63,6 +61,7 @@ def parse_args(argv):
     arg("--backbone-weights", default="none", metavar="auto|none|FILE", help=backbone)
     arg("--freeze-stages", type=int, choices=range(6), default=0, help="freeze the first N of the ResNet's five stages")
     arg("--backbone-lr", type=cli.non_negative, metavar="LR", help="learning rate of the backbone (default: --lr)")
+    cli.add_score_arguments(parser, score_threshold=0.05, nms_iou=0.5, detections_per_image=100)
     cli.add_detection_arguments(parser, masks=True)
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
@@ -84,8 +83,8 @@ def load_data(args, run_folder):
 
 
 @torch.no_grad()
-def evaluate(net, val_loader, val_set, coco, num_samples=0, *, run, seed):
-    """Losses over the validation set, box AP and mask AP: (metrics, evaluators, samples). coco: a new COCOEvaluator.
+def evaluate(net, val_loader, val_set, evaluator, num_samples=0, *, run, seed):
+    """Losses over the validation set and the metrics of a new evaluator: (metrics, evaluators, samples).
 
     Every process evaluates its share of the images, all get the same metrics. Batch norm statistics do not change.
     samples: the first `num_samples` images with objects, (image, target, detections) each, to be drawn.
@@ -105,13 +104,13 @@ def evaluate(net, val_loader, val_set, coco, num_samples=0, *, run, seed):
             sums[name] = sums[name] + value.double()
         counts += maskrcnn.count(outputs, sampled)
         truth = [val_set.annotation(target["image_id"]) for target in targets]  # masks as they are in the files
-        coco.update(truth, paste_masks(to_file_pixels(detections, targets), sizes))
+        evaluator.update(truth, paste_masks(to_file_pixels(detections, targets), sizes))
         if len(samples) < num_samples:
             shown = zip(images, targets, paste_masks(detections, [images.shape[-2:]] * len(images)))
             samples = (samples + [s for s in shown if len(s[1]["labels"])])[:num_samples]
     counts = run.mean(counts).clamp(min=1 / run.world_size)
     losses = {name: float(run.mean(sums[name]) / counts[maskrcnn.NORMALIZERS[name]]) for name in sums}
-    return {"loss": sum(losses.values()), **losses, **coco.compute(run.gather)}, [coco], samples
+    return {"loss": sum(losses.values()), **losses, **evaluator.compute(run.gather)}, [evaluator], samples
 
 
 def main(argv=None):
@@ -135,13 +134,14 @@ def main(argv=None):
     )
     if args.subset:
         train_set = train_set.subset(args.subset, args.seed)
-    new_evaluator = functools.partial(COCOEvaluator, val_set.classes, val_set.coco_truth(), masks=True)
-    truth = score_ground_truth(new_evaluator(), val_set)
-    run.print(f"ground truth scored as predictions: box AP {truth['AP']:.3f}, mask AP {truth['mask AP']:.3f}")
+    scoring = cli.score_options(args, val_set.image_path) | {"draw": pr_curves.draw, "masks": True}
+    new_evaluator = functools.partial(DetectionEvaluator, val_set.classes, val_set.coco_truth(), **scoring)
+    run.print(ground_truth_score(new_evaluator(), val_set))
 
     # network
     arguments = {"proposals": args.proposals} if args.proposals else {}
     net = models.build(args.arch, len(train_set.classes), **arguments)
+    net.limit_detections(**cli.detection_limits(args))
     net.classes, size = train_set.classes, (max(args.min_side), args.max_side)
     if not run_folder.checkpoint:
         pretrained.init_weights(net, args.weights, args.backbone_weights, run.is_main, args.eval_only, run.print)

@@ -17,9 +17,8 @@ import torch
 
 import models
 from data import checks, classes, detection, loader, transforms
-from evaluation import score_ground_truth
-from evaluation.coco import MEASURES, COCOEvaluator
-from evaluation.voc import VOCEvaluator
+from evaluation import ground_truth_score
+from evaluation.detection import MEASURES, DetectionEvaluator
 from losses import assignment, focal
 from models import pretrained
 from ops import nms
@@ -30,7 +29,7 @@ from training.ema import Ema
 from training.plan import Plan
 from training.run_folder import RunFolder
 from training.signals import StopSignals
-from visualize import draw2d
+from visualize import draw2d, pr_curves
 
 USAGE = "python train_retinanet.py --dataset coco --data FOLDER --model-dir RUN [flags]"
 LOSSES = ("loss", "regression_loss", "classification_loss")
@@ -59,16 +58,13 @@ def parse_args(argv):
     arg("--freeze-stages", type=int, choices=range(6), default=0, help="freeze the first N of the ResNet's five stages")
     arg("--backbone-lr", type=cli.non_negative, metavar="LR", help="learning rate of the backbone (default: --lr)")
 
-    arg = parser.add_argument_group("loss and detections").add_argument
+    arg = parser.add_argument_group("loss").add_argument
     arg("--match-iou", type=cli.probability, default=0.5, help="minimum IoU of a positive anchor")
     arg("--background-iou", type=cli.probability, default=0.4, help="IoU below which an anchor is background")
     arg("--match-best", action="store_true", help="also match every box with its best anchor, as torchvision does")
     weight = "weight of the box loss, which is summed over four offsets; 0.25 is their mean"
     arg("--box-loss-weight", type=cli.non_negative, default=0.25, help=weight)
-    arg("--score-threshold", type=cli.probability, default=0.05, help="minimum score of a detection")
-    arg("--nms-iou", type=cli.probability, default=0.5, help="IoU threshold of non-maximum suppression")
-    maximum = "maximum number of detections per image"
-    arg("--detections-per-image", "--most-detections", type=cli.positive, default=100, metavar="N", help=maximum)
+    cli.add_score_arguments(parser, score_threshold=0.05, nms_iou=0.5, detections_per_image=100)
     cli.add_detection_arguments(parser)
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
@@ -79,14 +75,14 @@ def parse_args(argv):
 
 
 @torch.no_grad()
-def evaluate(net, val_loader, coco, num_samples=0, *, run, assign, criterion, detect):
-    """Losses over the validation set, COCO's and VOC's AP: (metrics, evaluators, samples). coco: a new COCOEvaluator.
+def evaluate(net, val_loader, evaluator, num_samples=0, *, run, assign, criterion, detect):
+    """Losses over the validation set and the metrics of a new evaluator: (metrics, evaluators, samples).
 
     Every process evaluates its share of the images, all get the same metrics. Batch norm statistics do not change.
     samples: the first `num_samples` images with objects, (image, target, detections) each, to be drawn.
     """
-    evaluators, samples = [VOCEvaluator(net.classes), coco], []
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # regression loss, classification loss, positives
+    samples = []
     run.set_eval_mode(net)
     for images, targets in val_loader:
         size, shapes = tuple(images.shape[-2:]), [target["shape"] for target in targets]
@@ -99,21 +95,17 @@ def evaluate(net, val_loader, coco, num_samples=0, *, run, assign, criterion, de
         detections = detect(outputs, net.anchors(size), net.box_weights, shapes, net.level_sizes(size))
         samples = (samples + [s for s in zip(images, targets, detections) if len(s[1]["labels"])])[:num_samples]
         # COCO tells small objects from large ones by pixels of the file
-        targets, detections = to_file_pixels(targets, targets), to_file_pixels(detections, targets)
-        for evaluator in evaluators:
-            evaluator.update(targets, detections)
+        evaluator.update(to_file_pixels(targets, targets), to_file_pixels(detections, targets))
     sums = run.mean(sums)
     regression, classification = (sums[:2] / sums[2].clamp(min=1 / run.world_size)).tolist()
     metrics = dict(zip(LOSSES, (regression + classification, regression, classification)))
-    for evaluator in evaluators:
-        metrics |= evaluator.compute(run.gather)
-    return metrics, evaluators, samples
+    return metrics | evaluator.compute(run.gather), [evaluator], samples
 
 
 def main(argv=None):
     args = parse_args(argv)
     run = distributed.init(args)
-    monitor = cli.choose_monitor(args.monitor, "AP", [*LOSSES, *MEASURES, "mAP", "mAP_11point"])
+    monitor = cli.choose_monitor(args.monitor, "AP", [*LOSSES, *MEASURES])
     run_folder = RunFolder(args, run, monitor)
 
     # data
@@ -127,9 +119,9 @@ def main(argv=None):
     train_set, val_set = checks.apply(
         train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
     )
-    new_evaluator = functools.partial(COCOEvaluator, val_set.classes, val_set.coco_truth())
-    truth = score_ground_truth(new_evaluator(), val_set)
-    run.print(f"ground truth scored as predictions: AP {truth['AP']:.3f}")
+    scoring = cli.score_options(args, val_set.image_path) | {"draw": pr_curves.draw}
+    new_evaluator = functools.partial(DetectionEvaluator, val_set.classes, val_set.coco_truth(), **scoring)
+    run.print(ground_truth_score(new_evaluator(), val_set))
 
     # network
     net = models.build(args.arch, len(train_set.classes), anchors=args.anchors, anchor_scale=args.anchor_scale)
@@ -147,9 +139,7 @@ def main(argv=None):
     matching = {"threshold": args.match_iou, "low": args.background_iou, "keep_best": args.match_best}
     assign = functools.partial(assignment.assign, **matching)
     criterion = functools.partial(focal.loss, box_weight=args.box_loss_weight, class_weights=class_weights)
-    limits = {"score_threshold": args.score_threshold, "iou_threshold": args.nms_iou}
-    limits["max_detections"] = args.detections_per_image
-    detect = functools.partial(nms.retinanet_detections, **limits)
+    detect = functools.partial(nms.retinanet_detections, **cli.detection_limits(args))
 
     # optimizer, schedule, resume
     optimizer = optim.build(args, net.parameter_groups(), {"backbone": args.backbone_lr, "heads": args.lr})

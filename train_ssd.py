@@ -17,11 +17,12 @@ import torch
 
 import models
 from data import checks, classes, detection, loader, transforms
-from evaluation import score_ground_truth
-from evaluation.voc import VOCEvaluator
+from evaluation import ground_truth_score
+from evaluation.voc import MEASURES, VOCEvaluator
 from losses import assignment, multibox
 from models import pretrained, ssd
 from ops import nms
+from ops.boxes import to_file_pixels
 from ops.images import normalize
 from training import cli, distributed, memory, optim
 from training.ema import Ema
@@ -29,7 +30,7 @@ from training.plan import Plan
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 from utils.errors import UsageError
-from visualize import draw2d
+from visualize import draw2d, pr_curves
 
 USAGE = "python train_ssd.py --dataset voc --data FOLDER --model-dir RUN [flags]"
 LOSSES = ("loss", "regression_loss", "classification_loss")
@@ -71,6 +72,7 @@ def parse_args(argv):
     arg("--extra-layers-lr", type=cli.non_negative, metavar="LR", help=extra)
     arg("--use-cuda", type=cli.boolean, default=True, metavar="BOOL", help="false: the same as --device cpu")
     arg("--validation-mean-ap", action="store_true", help="measure mAP in validation too, and select best.pt by it")
+    cli.add_score_arguments(parser, score_threshold=0.01, nms_iou=0.45, detections_per_image=200)
     cli.add_detection_arguments(parser)
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
@@ -82,14 +84,14 @@ def parse_args(argv):
 
 
 @torch.no_grad()
-def evaluate(net, val_loader, mean_ap=True, num_samples=0, *, run, assign, criterion):
-    """Losses over the validation set and, if `mean_ap`, AP: (metrics, evaluators, samples).
+def evaluate(net, val_loader, evaluator=None, num_samples=0, *, run, assign, criterion, detect):
+    """Losses over the validation set and, with a new VOCEvaluator, AP: (metrics, evaluators, samples).
 
     Every process evaluates its share of the images, all get the same metrics. Batch norm statistics do not change.
     samples: the first `num_samples` images with objects, (image, target, detections) each, to be drawn.
     """
-    evaluator, samples = VOCEvaluator(net.classes), []
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # regression loss, classification loss, positives
+    samples = []
     run.set_eval_mode(net)
     for images, targets in val_loader:
         size = tuple(images.shape[-2:])
@@ -98,21 +100,22 @@ def evaluate(net, val_loader, mean_ap=True, num_samples=0, *, run, assign, crite
         matched = assign(net.anchors(size), targets.to(run.device), net.box_weights)
         losses = criterion(outputs, matched, 1)
         sums += torch.stack([*losses.values(), assignment.count_positives(matched)])
-        if mean_ap or len(samples) < num_samples:
-            detections = nms.ssd_detections(outputs, net.anchors(size), net.box_weights, size)
+        if evaluator or len(samples) < num_samples:
+            detections = detect(outputs, net.anchors(size), net.box_weights, size)
             samples = (samples + [s for s in zip(images, targets, detections) if len(s[1]["labels"])])[:num_samples]
-        if mean_ap:
-            evaluator.update(targets, detections)
+        if evaluator:
+            sides = [{"shape": size, "size": target["size"]} for target in targets]
+            evaluator.update(to_file_pixels(targets, sides), to_file_pixels(detections, sides))
     sums = run.mean(sums)
     regression, classification = (sums[:2] / sums[2].clamp(min=1 / run.world_size)).tolist()
     metrics = dict(zip(LOSSES, (regression + classification, regression, classification)))
-    return metrics | (evaluator.compute(run.gather) if mean_ap else {}), [evaluator] * mean_ap, samples
+    return metrics | (evaluator.compute(run.gather) if evaluator else {}), [evaluator] * bool(evaluator), samples
 
 
 def main(argv=None):
     args = parse_args(argv)
     run = distributed.init(args)
-    measured = [*LOSSES] + ["mAP", "mAP_11point"] * args.validation_mean_ap
+    measured = [*LOSSES, *MEASURES * args.validation_mean_ap]
     monitor = cli.choose_monitor(args.monitor, "mAP" if args.validation_mean_ap else "loss", measured)
     run_folder = RunFolder(args, run, monitor)
 
@@ -127,8 +130,9 @@ def main(argv=None):
     train_set, val_set = checks.apply(
         train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
     )
-    truth = score_ground_truth(VOCEvaluator(val_set.classes), val_set)
-    run.print(f"ground truth scored as predictions: mAP {truth['mAP']:.3f}")
+    scoring = cli.score_options(args, val_set.image_path) | {"draw": pr_curves.draw}
+    new_evaluator = functools.partial(VOCEvaluator, val_set.classes, **scoring)
+    run.print(ground_truth_score(new_evaluator(), val_set))
 
     # network
     if args.width_mult != 1 and args.arch != "mb2-ssd-lite":
@@ -149,10 +153,11 @@ def main(argv=None):
     frozen += [net.extras, net.source_layer_add_ons] * args.freeze_net
     optim.set_train_mode(net, frozen, args.freeze_bn)
 
-    # loss
+    # loss and detections
     class_weights = classes.class_weights(args.class_weights, net.classes, run.device, background=True)
     assign = functools.partial(assignment.assign, threshold=args.match_iou)
     criterion = functools.partial(multibox.loss, class_weights=class_weights)
+    detect = functools.partial(nms.ssd_detections, **cli.detection_limits(args))
 
     # optimizer, schedule, resume
     rates = {"base_net": args.backbone_lr, "extras": args.extra_layers_lr, "heads": args.lr}
@@ -166,9 +171,9 @@ def main(argv=None):
     # loaders
     process = loader.Process(run.rank, run.world_size, args.workers, run.pin_memory)
     val_loader = loader.eval_loader(val_set, args.batch_size, process)
-    validate = functools.partial(evaluate, net, run=run, assign=assign, criterion=criterion)
+    validate = functools.partial(evaluate, net, run=run, assign=assign, criterion=criterion, detect=detect)
     if args.eval_only:
-        metrics, evaluators, _ = validate(val_loader)
+        metrics, evaluators, _ = validate(val_loader, new_evaluator())
         return run_folder.report(metrics, evaluators)
     balance = train_set.balance_weights() if args.balance_data else None
     sampler = loader.StepSampler(
@@ -204,7 +209,8 @@ def main(argv=None):
             if due.validate:
                 run_folder.save()  # if the validation is killed, no step is lost
                 with ema.applied(), logger.paused():
-                    metrics, evaluators, samples = validate(val_loader, args.validation_mean_ap, num_samples=4)
+                    evaluator = new_evaluator() if args.validation_mean_ap else None
+                    metrics, evaluators, samples = validate(val_loader, evaluator, num_samples=4)
                     progress.record(metrics[monitor], cli.higher_is_better(monitor))
                 optim.set_train_mode(net, frozen, args.freeze_bn)
                 images = draw2d.truth_and_predictions(samples, net.classes)

@@ -38,12 +38,20 @@ class Evaluator:
         """The metrics as text, for a console."""
         raise NotImplementedError
 
+    def summary(self) -> str:
+        """The main metrics on one line and what they mean, of the evaluators of 2D detectors."""
+        raise NotImplementedError
+
     def write(self, folder: Path) -> list[str]:
         """Write tables and detections into a folder; returns the names of the files."""
         raise NotImplementedError
 
     def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Class name -> (precision, recall, scores), float64 [N] each, in descending order of score; {}: no curves."""
+        return {}
+
+    def average_precisions(self) -> dict[str, float]:
+        """AP of each class of `curves`."""
         return {}
 
     def computed(self) -> Any:
@@ -67,3 +75,9 @@ def score_ground_truth(evaluator: Evaluator, dataset: Any) -> dict[str, float]:
             detection["masks"] = [mask for mask, is_kept in zip(target["masks"], keep.tolist()) if is_kept]
         evaluator.update([target], [{**detection, "scores": torch.ones(len(detection["labels"]))}])
     return evaluator.compute()
+
+
+def ground_truth_score(evaluator: Evaluator, dataset: Any) -> str:
+    """One line about `score_ground_truth`."""
+    score_ground_truth(evaluator, dataset)
+    return f"ground truth scored as predictions: {evaluator.summary()}"

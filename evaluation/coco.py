@@ -69,11 +69,23 @@ class COCOEvaluator(Evaluator):
             truth = select(truth, np.isin(truth["image_id"], ids))
         detections = self._columns(detections, masks, ids)
         categories = self.category_ids[self.category_ids >= 0]
-        metrics = dict(zip(MEASURES, coco_stats(truth, detections, categories, "bbox")))
+        stats, per_category = coco_stats(truth, detections, categories, "bbox")
+        metrics, tables = dict(zip(MEASURES, stats)), {"COCO": per_category}
         if self.masks:
-            metrics |= dict(zip(MASK_MEASURES, coco_stats(truth, detections, categories, "segm")))
-        self._computed = detections, metrics
+            stats, tables["COCO_mask"] = coco_stats(truth, detections, categories, "segm")
+            metrics |= dict(zip(MASK_MEASURES, stats))
+        self._computed = detections, metrics, tables
         return metrics
+
+    def per_class(self) -> list[list[str]]:
+        """AP and AP50 of each class, of boxes and masks: the names of the columns, then a row per class; cells of a
+        class without ground truth are empty."""
+        tables = self.computed()[2]
+        rows = [[f"{kind}_{name}" for kind in tables for name in ("AP", "AP50")]]
+        for category in self.category_ids.tolist():
+            values = [value for table in tables.values() for value in table.get(category, (-1.0, -1.0))]
+            rows.append([f"{value:.6f}" if value >= 0 else "" for value in values])
+        return rows
 
     def write(self, folder: Path) -> list[str]:
         """Write the detections in COCO's results format, detections.json; returns the names of the files.
@@ -81,7 +93,7 @@ class COCOEvaluator(Evaluator):
         Masks go into a file of their own, detections_masks.json: where a result has a box too, pycocotools takes the
         area of the box for that of the mask.
         """
-        detections, _ = self.computed()
+        detections = self.computed()[0]
         boxes = as_dicts({name: detections[name] for name in ("image_id", "category_id", "bbox", "score")})
         files.write_json(Path(folder) / "detections.json", boxes)
         if not self.masks:
@@ -92,9 +104,14 @@ class COCOEvaluator(Evaluator):
         files.write_json(Path(folder) / "detections_masks.json", rows)
         return ["detections.json", "detections_masks.json"]
 
+    def summary(self) -> str:
+        """AP of boxes and masks."""
+        metrics = self.computed()[1]
+        return f"AP {metrics['AP']:.3f}" + (f", mask AP {metrics['mask AP']:.3f}" if self.masks else "")
+
     def table(self) -> str:
         """AP and AP50 on one line."""
-        _, metrics = self.computed()
+        metrics = self.computed()[1]
         names = ["AP", "AP50", *["mask AP", "mask AP50"] * self.masks]
         return "COCO: " + ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
 
@@ -156,21 +173,25 @@ def as_dicts(columns: Columns) -> list[dict]:
     return [dict(zip(columns, row)) for row in zip(*(column.tolist() for column in columns.values()))]
 
 
-def coco_stats(truth: Columns, detections: Columns, category_ids: np.ndarray, kind: str) -> list[float]:
-    """pycocotools' twelve stats; kind: bbox or segm."""
-    categories = np.intersect1d(category_ids, truth["category_id"])  # the others have no AP
-    if not len(categories):
-        return [-1.0] * len(MEASURES)
-    precision, recall = [], []
+def coco_stats(
+    truth: Columns, detections: Columns, category_ids: np.ndarray, kind: str
+) -> tuple[list[float], dict[int, tuple[float, float]]]:
+    """pycocotools' twelve stats, and (AP, AP50) of each category with ground truth; kind: bbox or segm."""
+    categories = np.intersect1d(category_ids, truth["category_id"]).tolist()  # the others have no AP
+    if not categories:
+        return [-1.0] * len(MEASURES), {}
+    precision, recall, per_category = [], [], {}
     for category in categories:
         parts = [select(columns, columns["category_id"] == category) for columns in (truth, detections)]
-        scorer = accumulate(*parts, int(category), kind)
+        scorer = accumulate(*parts, category, kind)
         precision.append(scorer.eval["precision"])
         recall.append(scorer.eval["recall"])
+        at_iou = precision[-1][:, :, 0, 0, -1].mean(1)  # of all areas, 100 detections; -1 if all objects are crowds
+        per_category[category] = float(at_iou.mean()), float(at_iou[0])
     scorer.eval = {"precision": np.concatenate(precision, axis=2), "recall": np.concatenate(recall, axis=1)}
     with contextlib.redirect_stdout(io.StringIO()):
         scorer.summarize()
-    return [float(value) for value in scorer.stats]
+    return [float(value) for value in scorer.stats], per_category
 
 
 def accumulate(truth: Columns, detections: Columns, category: int, kind: str) -> COCOeval:

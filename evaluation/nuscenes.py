@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation import Evaluator, nuscenes_devkit
+from evaluation import Evaluator, nuscenes_devkit, tables
 from evaluation.buffers import ImageBuffer, structured
-from evaluation.nuscenes_devkit import MEASURES
+from evaluation.nuscenes_devkit import MATCH_DISTANCE, MEASURES, Score
 from utils import files
 from utils.nuscenes import ATTRIBUTES, CLASSES, devkit_is_installed
 
@@ -41,6 +41,7 @@ class NuScenesEvaluator(Evaluator):
     merge_distance         meters: of boxes of one class from different cameras of a sample whose centers are closer
                            than this, only the top-scoring one stays. 0: all stay, as in CenterFusion
     print                  prints a line
+    draw                   draws pr_curves.png, see tables.write_curves; None: it is not written
 
     Only samples that were loaded are scored, with all objects that the tables have for them.
     """
@@ -53,9 +54,10 @@ class NuScenesEvaluator(Evaluator):
         radar: bool = True,
         merge_distance: float = 0.0,
         print: Callable[[str], object] = print,
+        draw: tables.Draw | None = None,
     ):
         self.root, self.version, self.split = str(root), version, split
-        self.radar, self.merge_distance, self.print = radar, merge_distance, print
+        self.radar, self.merge_distance, self.print, self.draw = radar, merge_distance, print, draw
         self._buffer = ImageBuffer(IMAGE, BOX)
 
     def update(self, targets: Sequence[Mapping], detections: Sequence[Mapping]) -> None:
@@ -69,36 +71,46 @@ class NuScenesEvaluator(Evaluator):
         metrics = None
         if is_main:
             submission = make_submission(images, boxes, self.radar, self.merge_distance)
-            metrics = self._score(submission, images)
-            self._computed = submission, metrics
+            score = self._score(submission, images)
+            metrics = score.metrics
+            self._computed = submission, score
         return metrics if gather is None else next(result for result in gather(metrics) if result is not None)
 
     def write(self, folder: Path) -> list[str]:
-        """Write submission.json and, if there is an official score, per_class.csv; returns the names of the files. To
-        be called in the main process."""
-        submission, metrics = self.computed()
+        """Write submission.json and, if there is an official score, per_class.csv, confusion.csv, pr_curves.csv and
+        pr_curves.png; returns the names of the files. To be called in the main process."""
+        submission, score = self.computed()
         files.write_json(Path(folder) / "submission.json", submission)
-        if not metrics:
+        if not score.metrics:
             return ["submission.json"]
-        rows = [(name, f"{metrics[f'AP/{name}']:.6f}") for name in CLASSES]
+        rows = [(name, f"{score.metrics[f'AP/{name}']:.6f}") for name in CLASSES]
         files.write_csv(Path(folder) / "per_class.csv", [("class", "AP"), *rows])
-        return ["submission.json", "per_class.csv"]
+        names = ["submission.json", "per_class.csv", *tables.write_confusion(folder, score.confusion, CLASSES)]
+        title = f"nuScenes, centers within {MATCH_DISTANCE:g} m"
+        return names + tables.write_curves(folder, score.curves, score.ap, title, self.draw)
+
+    def curves(self) -> dict[str, tables.Curve]:
+        """Of all classes at MATCH_DISTANCE, see Evaluator; {} without an official score or in other processes."""
+        return self._computed[1].curves if self._computed else {}
+
+    def average_precisions(self) -> dict[str, float]:
+        return self._computed[1].ap if self._computed else {}
 
     def table(self) -> str:
         """The official metrics on one line."""
-        _, metrics = self.computed()
+        metrics = self.computed()[1].metrics
         return ", ".join(f"{name} {metrics[name]:.3f}" for name in MEASURES if name in metrics)
 
     def _score(self, submission, images):
         if not devkit_is_installed():
             self.print("no official score: nuscenes-devkit is not installed (pip install -r requirements-nuscenes.txt)")
-            return {}
+            return Score({})
         if not len(images):
             self.print("no official score: no image was evaluated")
-            return {}
+            return Score({})
         self.print(coverage(images["sample"], self.split))
-        tables = nuscenes_devkit.open_tables(self.root, self.version, frozenset(submission["results"]))
-        return nuscenes_devkit.score(submission, tables)
+        opened = nuscenes_devkit.open_tables(self.root, self.version, frozenset(submission["results"]))
+        return nuscenes_devkit.score(submission, opened)
 
 
 def true_detections(target: Mapping) -> dict[str, torch.Tensor]:

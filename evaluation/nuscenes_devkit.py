@@ -9,15 +9,33 @@ import functools
 import io
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evaluation.buffers import structured
+from evaluation.tables import Curve
+from evaluation.voc import CONFUSION_SCORE, DETECTION, TRUTH, confusion_matrix, match_any_class
 from utils.nuscenes import CLASSES
 
+MATCH_DISTANCE = 2.0  # meters in the ground plane, of curves and confusion matrix; that of the devkit's true positives
 MEASURES = ("NDS", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE")
 ERRORS = {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE": "vel_err", "mAAE": "attr_err"}
+
+
+@dataclass
+class Score:
+    """metrics    MEASURES and AP/NAME of each class, the mean over the devkit's four distances
+    curves, ap    of each class at MATCH_DISTANCE
+    confusion     int64 [K+1,K+1], see VOCEvaluator.confusion; pairs are of centers within MATCH_DISTANCE
+    """
+
+    metrics: dict[str, float]
+    curves: dict[str, Curve] = field(default_factory=dict)
+    ap: dict[str, float] = field(default_factory=dict)
+    confusion: np.ndarray | None = None
 
 
 @functools.lru_cache(maxsize=1)  # every validation of a run asks for the same samples
@@ -53,8 +71,8 @@ def open_tables(root: str, version: str, samples: frozenset[str]) -> Any:
     return tables
 
 
-def score(results: Mapping, tables: Any) -> dict[str, float]:
-    """MEASURES and AP/NAME of each class for a submission, by the devkit's DetectionEval.
+def score(results: Mapping, tables: Any) -> Score:
+    """The score of a submission, by the devkit's DetectionEval.
 
     tables: of `open_tables`, or any NuScenes of the devkit. DetectionEval's constructor insists on a whole split; what
     it does is done here for the samples in `results`.
@@ -75,11 +93,37 @@ def score(results: Mapping, tables: Any) -> dict[str, float]:
             if boxes.all:
                 filter_eval_boxes(tables, boxes, scorer.cfg.class_range)
         scorer.pred_boxes, scorer.gt_boxes = sides
-        metrics = scorer.evaluate()[0].serialize()
+        metrics, data = scorer.evaluate()
+    metrics = metrics.serialize()
     values = {"NDS": metrics["nd_score"], "mAP": metrics["mean_ap"]}
     values |= {name: metrics["tp_errors"][error] for name, error in ERRORS.items()}
     values |= {f"AP/{name}": metrics["mean_dist_aps"][name] for name in CLASSES}
-    return {name: float(value) for name, value in values.items()}
+    values = {name: float(value) for name, value in values.items()}
+    at_distance = {name: data[name, MATCH_DISTANCE] for name in CLASSES}
+    curves = {name: _curve(of_class) for name, of_class in at_distance.items()}
+    ap = {name: float(metrics["label_aps"][name][MATCH_DISTANCE]) for name in CLASSES}
+    return Score(values, curves, ap, _confusion(scorer.gt_boxes, scorer.pred_boxes))
+
+
+def _curve(data):
+    """The devkit's 101 points up to the recall that was reached, precision interpolated; empty without a detection."""
+    count = data.max_recall_ind + 1 if data.confidence.any() else 0
+    return data.precision[:count], data.recall[:count], data.confidence[:count]
+
+
+def _confusion(truth, detections):
+    """The confusion matrix of the boxes that the devkit scores, each sample matched by distance in the ground plane."""
+    table = np.zeros((len(CLASSES) + 1,) * 2, np.int64)
+    for token in truth.sample_tokens:
+        sides = truth[token], [box for box in detections[token] if box.detection_score >= CONFUSION_SCORE]
+        labels = [[CLASSES.index(box.detection_name) for box in boxes] for boxes in sides]
+        places = [np.array([box.translation[:2] for box in boxes]).reshape(-1, 2) for boxes in sides]
+        rows = structured(TRUTH, label=labels[0])
+        found = structured(DETECTION, label=labels[1], score=[box.detection_score for box in sides[1]])
+        distance = np.linalg.norm(places[1][:, None] - places[0], axis=-1)  # [N,M]
+        match_any_class(rows, found, -distance, -MATCH_DISTANCE)
+        table += confusion_matrix(rows, found, len(CLASSES), CONFUSION_SCORE)
+    return table
 
 
 def _rows(folder: Path, table: str, keep: Callable[[dict], bool] | None = None) -> list[dict]:

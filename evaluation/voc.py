@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation import Evaluator
+from evaluation import Evaluator, tables
 from evaluation.buffers import ImageBuffer, check_batch, structured, to_numpy
 from utils import files
 
@@ -24,6 +24,9 @@ FALSE, TRUE, IGNORED, BACKGROUND = 0, 1, -1, -2
 TRUTH = [("image", np.int64), ("label", np.int32), ("ignore", np.bool_), ("matched_score", np.float32)]
 DETECTION = [("image", np.int64), ("label", np.int32), ("score", np.float32), ("outcome", np.int8)]
 DETECTION += [("matched_label", np.int32)]
+BOX = [("box", np.float32, 4)]
+MEASURES = ("mAP", "mAP_11point")  # over the classes
+CONFUSION_SCORE = 0.5  # minimum score of a detection in confusion.csv
 
 
 @dataclass
@@ -68,78 +71,129 @@ class VOCEvaluator(Evaluator):
     compute() returns `mAP` (area under the curve), `mAP_11point` (VOC2007) and, for each class, `AP/NAME` and
     `AP_11point/NAME`. A class without a ground truth box that counts has no AP: it is not in the dict and not in the
     means. The means are 0.0 without any such class, and never NaN.
+
+    iou          minimum IoU of a true positive, in AP, the curves and the confusion matrix
+    use_2007     `mAP` and `AP/NAME` are VOC2007's 11-point ones too
+    image_path   image_path(image_id) is the file of an image; given, `write` also writes VOC's results files, and boxes
+                 must be in pixels of the file
+    offset       coordinate of the first pixel in those files, see data.detection.voc
+    draw         draws pr_curves.png, see tables.write_curves; None: it is not written
     """
 
-    def __init__(self, classes: Sequence[str], iou: float = 0.5):
-        self.classes, self.iou = list(classes), iou
-        self._buffer = ImageBuffer(TRUTH, DETECTION)
+    def __init__(
+        self,
+        classes: Sequence[str],
+        iou: float = 0.5,
+        use_2007: bool = False,
+        image_path: Callable[[int], str] | None = None,
+        offset: int = 1,
+        draw: tables.Draw | None = None,
+    ):
+        self.classes, self.iou, self.use_2007 = list(classes), iou, use_2007
+        self.image_path, self.offset, self.draw = image_path, offset, draw
+        self._detection = DETECTION + BOX * bool(image_path)
+        self._buffer = ImageBuffer(TRUTH, self._detection)
 
     def update(self, targets: Sequence[Mapping], detections: Sequence[Mapping]) -> None:
         check_batch(targets, detections, len(self.classes))
         for target, detection in zip(targets, detections):
             truth = structured(TRUTH, label=target["labels"], ignore=target["ignore"])
-            detected = structured(DETECTION, label=detection["labels"], score=detection["scores"])
+            fields = {"label": detection["labels"], "score": detection["scores"]}
+            fields |= {"box": detection["boxes"]} if self.image_path else {}
+            detected = structured(self._detection, **fields)
             iou = pairwise_iou(to_numpy(detection["boxes"]), to_numpy(target["boxes"]))
             match_by_class(truth, detected, iou, self.iou)
             match_any_class(truth, detected, iou, self.iou)
             self._buffer.add(target["image_id"], truth, detected)
 
     def compute(self, gather: Callable | None = None) -> dict[str, float]:
-        _, truth, detections = self._buffer.gathered(gather)
+        ids, truth, detections = self._buffer.gathered(gather)
         results = class_results(truth, detections, self.classes)
-        self._computed = truth, detections, results
-        scored = [result for result in results if result.positives]
-        area = {f"AP/{result.name}": result.average_precision() for result in scored}
-        points = {f"AP_11point/{result.name}": result.average_precision_11() for result in scored}
-        return {"mAP": mean(area.values()), "mAP_11point": mean(points.values()), **area, **points}
+        self._computed = ids, truth, detections, results
+        points = {f"AP_11point/{result.name}": result.average_precision_11() for result in results if result.positives}
+        ap = {f"AP/{name}": value for name, value in self.average_precisions().items()}
+        return {"mAP": mean(ap.values()), "mAP_11point": mean(points.values()), **ap, **points}
 
     def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Of the classes with ground truth, see Evaluator."""
         results = self.computed()[-1]
         return {result.name: (result.precision, result.recall, result.scores) for result in results if result.positives}
 
-    def confusion(self, score: float = 0.5) -> np.ndarray:
+    def average_precisions(self) -> dict[str, float]:
+        """Of the classes with ground truth: `AP/NAME`."""
+        return {result.name: self._ap(result) for result in self.computed()[-1] if result.positives}
+
+    def _ap(self, result):
+        return result.average_precision_11() if self.use_2007 else result.average_precision()
+
+    def rule(self) -> str:
+        """What AP is here, in words."""
+        return f"{'VOC2007 11-point AP' if self.use_2007 else 'area under the curve'} at IoU {self.iou:g}"
+
+    def summary(self) -> str:
+        """mAP and what it is."""
+        return f"mAP {mean(self.average_precisions().values()):.3f} ({self.rule()})"
+
+    def confusion(self, score: float = CONFUSION_SCORE) -> np.ndarray:
         """int64 [K+1,K+1]: row the true class, column the detected one, background last in both.
 
         Detections of at least `score`, in descending order of score, are each paired with the free box of any class in
         their image that has the highest IoU, if it reaches the threshold (at equal IoU one of their own class first). A
         box to ignore stays free; neither it nor the detections paired with it are counted.
         """
-        truth, detections, _ = self.computed()
-        detections = detections[(detections["score"] >= score) & (detections["matched_label"] != IGNORED)]
-        missed = truth[~truth["ignore"] & ~(truth["matched_score"] >= score)]
-        table = np.zeros((len(self.classes) + 1,) * 2, np.int64)
-        rows = np.where(detections["matched_label"] == BACKGROUND, len(self.classes), detections["matched_label"])
-        np.add.at(table, (rows, detections["label"]), 1)
-        np.add.at(table, (missed["label"], len(self.classes)), 1)
-        return table
+        _, truth, detections, _ = self.computed()
+        return confusion_matrix(truth, detections, len(self.classes), score)
 
     def table(self) -> str:
         """The AP of each class and their mean, one per line."""
         results = [result for result in self.computed()[-1] if result.positives]
         width = max([4, *(len(result.name) for result in results)])
-        rows = [(r.name, r.positives, r.average_precision(), r.average_precision_11()) for r in results]
+        rows = [(r.name, r.positives, self._ap(r), r.average_precision_11()) for r in results]
         rows.append(("mean", sum(row[1] for row in rows), mean(row[2] for row in rows), mean(row[3] for row in rows)))
         lines = [f"{name:{width}}  {boxes:6}  {area:.3f}  {points:.3f}" for name, boxes, area, points in rows]
         if not any(len(result.true) for result in results):
             lines.append("no detections: train longer, or check the learning rate and the images")
         return "\n".join([f"{'':{width}}   boxes     AP  11-point", *lines])
 
-    def write(self, folder: Path, score: float = 0.5) -> list[str]:
-        """Write per_class.csv and confusion.csv (at `score`), cells without a value empty; returns the names."""
+    def write(self, folder: Path, score: float = CONFUSION_SCORE, more: Sequence[Sequence] = ()) -> list[str]:
+        """Write per_class.csv, confusion.csv (at `score`), pr_curves.csv, pr_curves.png and VOC's results files; cells
+        without a value are empty. Returns the names of the files.
+
+        more: further columns of per_class.csv: their names, then the cells of each class
+        """
+        folder, rows = Path(folder), self.per_class()
+        rows = [[*row, *cells] for row, cells in zip(rows, more, strict=True)] if more else rows
+        files.write_csv(folder / "per_class.csv", rows)
+        names = ["per_class.csv", *tables.write_confusion(folder, self.confusion(score), self.classes)]
+        names += tables.write_curves(folder, self.curves(), self.average_precisions(), f"AP: {self.rule()}", self.draw)
+        return names + (self.write_results(folder) if self.image_path else [])
+
+    def per_class(self) -> list[list]:
+        """The rows of per_class.csv, the names of its columns first."""
         head = ["class", "ground_truth_boxes", "detections", "AP", "AP_11point", "best_F1_threshold"]
         rows = [[*head, "precision_there", "recall_there"]]
         for result in self.computed()[-1]:
             values = []
             if result.positives:
-                values = [result.average_precision(), result.average_precision_11(), *(result.best_f1() or ())]
+                values = [self._ap(result), result.average_precision_11(), *(result.best_f1() or ())]
             row = [result.name, result.positives, len(result.true), *(f"{value:.6f}" for value in values)]
             rows.append(row + [""] * (len(rows[0]) - len(row)))
-        files.write_csv(Path(folder) / "per_class.csv", rows)
-        names = [*self.classes, "background"]
-        table = [[name, *counts] for name, counts in zip(names, self.confusion(score).tolist(), strict=True)]
-        files.write_csv(Path(folder) / "confusion.csv", [["truth / detection", *names], *table])
-        return ["per_class.csv", "confusion.csv"]
+        return rows
+
+    def write_results(self, folder: Path) -> list[str]:
+        """Write the detections as VOC's development kit reads them, det_test_CLASS.txt: name of the image without
+        suffix, score, x1, y1, x2, y2 of the first and the last pixel; returns the names of the files."""
+        ids, _, detections, _ = self.computed()
+        stems = [Path(self.image_path(image_id)).stem for image_id in ids.tolist()]
+        names = [f"det_test_{name.replace('/', '%2F')}.txt" for name in self.classes]
+        for label, name in enumerate(names):
+            rows = detections[detections["label"] == label]
+            boxes = rows["box"].astype(np.float64) + [self.offset, self.offset, 0, 0]
+            columns = zip(rows["image"].tolist(), rows["score"].tolist(), boxes.tolist(), strict=True)
+            # nine digits keep every float32 apart: equal scores stay equal, others do not become so
+            lines = [f"{stems[i]} {s:.9g} {a:.9g} {b:.9g} {c:.9g} {d:.9g}\n" for i, s, (a, b, c, d) in columns]
+            files.write_text(folder / name, "".join(lines))
+        return names
 
 
 def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -169,7 +223,8 @@ def match_by_class(truth: np.ndarray, detections: np.ndarray, iou: np.ndarray, t
 
 
 def match_any_class(truth: np.ndarray, detections: np.ndarray, iou: np.ndarray, threshold: float) -> None:
-    """Set `matched_score` and `matched_label` of an image, see VOCEvaluator.confusion. iou [N,M].
+    """Set `matched_score` and `matched_label` of an image, see VOCEvaluator.confusion. iou [N,M], or another measure
+    that is higher for closer pairs.
 
     Detections below a score come after those above it and so change nothing for them: one matching serves every score.
     """
@@ -187,6 +242,17 @@ def match_any_class(truth: np.ndarray, detections: np.ndarray, iou: np.ndarray, 
         else:
             detections["matched_label"][row] = truth["label"][best]
             truth["matched_score"][best] = detections["score"][row]
+
+
+def confusion_matrix(truth: np.ndarray, detections: np.ndarray, num_classes: int, score: float) -> np.ndarray:
+    """int64 [K+1,K+1] of images after `match_any_class`, see VOCEvaluator.confusion."""
+    detections = detections[(detections["score"] >= score) & (detections["matched_label"] != IGNORED)]
+    missed = truth[~truth["ignore"] & ~(truth["matched_score"] >= score)]
+    table = np.zeros((num_classes + 1,) * 2, np.int64)
+    rows = np.where(detections["matched_label"] == BACKGROUND, num_classes, detections["matched_label"])
+    np.add.at(table, (rows, detections["label"]), 1)
+    np.add.at(table, (missed["label"], num_classes), 1)
+    return table
 
 
 def by_score(detections: np.ndarray) -> np.ndarray:

@@ -32,14 +32,17 @@ def multiclass_nms(
 
 
 @torch.no_grad()
-def ssd_detections(outputs, anchors, box_weights, image_size, score_threshold=0.01):
+def ssd_detections(
+    outputs, anchors, box_weights, image_size, score_threshold=0.01, iou_threshold=0.45, max_detections=200
+):
     """SSD's raw outputs {"logits": [B,P,K+1] background first, "offsets": [B,P,4]} -> detections of each image.
 
     anchors [P,4] xyxy pixels, box_weights of ops.boxes.decode, image_size (h, w) of the network's input.
     """
     scores = outputs["logits"].float().softmax(-1)[..., 1:]
     boxes = decode(outputs["offsets"], anchors, box_weights)
-    return multiclass_nms(scores, boxes, image_size, score_threshold)
+    limits = {"iou_threshold": iou_threshold, "max_detections": max_detections}
+    return multiclass_nms(scores, boxes, image_size, score_threshold, **limits)
 
 
 @torch.no_grad()

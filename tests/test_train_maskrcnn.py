@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import models
-from evaluation.coco import MASK_MEASURES, MEASURES
+from evaluation import coco
+from evaluation.detection import MASK_MEASURES, MEASURES
 from tests.script_helpers import Script, last
 from utils.errors import DataError
 
@@ -26,11 +28,16 @@ def script(drawn):
 
 def test_boxes_masks_and_losses_are_measured(script, tmp_path, capsys):
     more = ["--max-steps", 3, "--no-freeze-bn", "--save-every-epochs", 1, "--subset", 4]
+    more += ["--score-threshold", 0, "--max-detections", 2]
     metrics = script.main(tmp_path, *more)
-    assert "ground truth scored as predictions: box AP 1.000, mask AP 1.000" in capsys.readouterr().out
-    assert set(metrics) == {"loss", *LOSSES, *MEASURES, *MASK_MEASURES}
+    assert "ground truth scored as predictions: AP 1.000, mask AP 1.000, mAP 1.000 (area" in capsys.readouterr().out
+    assert set(metrics) == {"loss", *LOSSES, *MEASURES, *MASK_MEASURES, "AP/person", "AP_11point/person"}
     assert metrics["loss"] == pytest.approx(sum(metrics[name] for name in LOSSES))
     assert (tmp_path / "epoch_001.pt").is_file()
+    images = [row["image_id"] for row in json.loads((tmp_path / "detections.json").read_text())]
+    assert max(images.count(image) for image in images) == 2
+    header = (tmp_path / "per_class.csv").read_text().splitlines()[0]
+    assert header.endswith("COCO_AP,COCO_AP50,COCO_mask_AP,COCO_mask_AP50") and (tmp_path / "confusion.csv").is_file()
     net = models.load(tmp_path / "last.pt")
     assert (net.name, net.classes, net.min_side, net.max_side) == ("maskrcnn_resnet18", ["person"], 64, 96)
 
@@ -61,21 +68,13 @@ def test_a_backbone_trained_here_starts_it(script, drawn, tmp_path, capsys):
     torch.testing.assert_close(ours[f"backbone.body.{name}"], theirs[name], rtol=0, atol=0)
 
 
-def test_the_numbers_on_coco_are_those_of_pycocotools_on_the_written_files(script, drawn, tmp_path, monkeypatch):
+def test_the_numbers_on_coco_are_those_of_pycocotools_on_the_written_files(script, drawn, tmp_path):
     """Without a score threshold, so that a hardly trained network detects something on every machine."""
-    build = models.build
-
-    def build_without_threshold(*args, **arguments):
-        net = build(*args, **arguments)
-        net.roi_heads.score_thresh = 0.0
-        return net
-
-    monkeypatch.setattr(models, "build", build_without_threshold)
     data = drawn("retinanet")
-    more = ["--dataset", "coco", "--no-freeze-bn", "--batch-size", 4, "--lr", 0.02]
+    more = ["--dataset", "coco", "--no-freeze-bn", "--batch-size", 4, "--lr", 0.02, "--score-threshold", 0]
     metrics = script.main(tmp_path / "run", *more, "--max-steps", 25, "--validation-epochs", 99, data=data)
     truth = COCO(str(data / "annotations" / "instances_val2017.json"))
-    cases = (("bbox", MEASURES, "detections.json"), ("segm", MASK_MEASURES, "detections_masks.json"))
+    cases = (("bbox", coco.MEASURES, "detections.json"), ("segm", MASK_MEASURES, "detections_masks.json"))
     for kind, names, file in cases:
         scored = COCOeval(truth, truth.loadRes(str(tmp_path / "run" / file)), kind)
         with contextlib.redirect_stdout(io.StringIO()):

@@ -17,9 +17,19 @@ def script(drawn):
     return Script("ssd", drawn("ssd"))
 
 
-def test_validation_by_mean_ap(script, tmp_path):
-    metrics = script.main(tmp_path, "--max-steps", 2, "--validation-mean-ap")
-    assert 0 <= metrics["mAP"] <= 1
+def test_validation_by_mean_ap(script, tmp_path, capsys):
+    more = ["--score-threshold", 0.02, "--max-detections", 3, "--iou-threshold", 0.1, "--use-2007-metric"]
+    metrics = script.main(tmp_path, "--max-steps", 2, "--validation-mean-ap", *more)
+    assert "mAP 1.000 (VOC2007 11-point AP at IoU 0.1)" in capsys.readouterr().out
+    assert 0 < metrics["mAP"] == metrics["mAP_11point"] <= 1
+    lines = [line.split() for file in tmp_path.glob("det_test_*.txt") for line in file.read_text().splitlines()]
+    names = [line[0] for line in lines]
+    val = (script.data / "ImageSets/Main/test.txt").read_text().split()
+    assert set(names) <= set(val) and max(names.count(name) for name in val) == 3
+    assert (
+        min(float(line[1]) for line in lines) > 0.02 and max(float(value) for line in lines for value in line[2:]) > 96
+    )
+    assert (tmp_path / "pr_curves.png").is_file()
     assert metrics["loss"] == pytest.approx(metrics["regression_loss"] + metrics["classification_loss"])
     assert (tmp_path / "labels.txt").read_text().split() == ["BACKGROUND", *last(tmp_path)["classes"]]
     assert "val/AP/disc" in log_lines(tmp_path)[-1]

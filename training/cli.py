@@ -353,6 +353,36 @@ def add_detection_arguments(parser: ArgumentParser, masks: bool = False) -> None
     arg("--voc-offset", type=int, choices=(0, 1), default=1, help=first)
 
 
+def add_score_arguments(
+    parser: ArgumentParser, score_threshold: float, nms_iou: float, detections_per_image: int
+) -> None:
+    """Declare which detections of a 2D detector are evaluated, with the defaults, and how they are scored."""
+    arg = parser.add_argument_group("detections and their score, in validation and --eval-only").add_argument
+    arg("--score-threshold", type=probability, default=score_threshold, help="minimum score of a detection")
+    arg("--nms-iou", type=probability, default=nms_iou, help="IoU threshold of non-maximum suppression")
+    maximum = "maximum number of detections per image; COCO's AP, where measured, counts at most 100 of each class"
+    names = ("--detections-per-image", "--max-detections", "--most-detections")
+    arg(*names, type=positive, default=detections_per_image, metavar="N", help=maximum)
+    true = "minimum IoU of a true positive in mAP, AP/CLASS, the curves and confusion.csv; COCO's AP has its own"
+    arg("--iou-threshold", type=number(float, 0.01, max_=1), default=0.5, help=true)
+    points = "mAP and AP/CLASS are the 11-point ones of VOC2007 instead of the area under the curve"
+    arg("--use-2007-metric", type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=points)
+
+
+def detection_limits(args: argparse.Namespace) -> dict:
+    """The limits of ops.nms.ssd_detections and retinanet_detections."""
+    limits = {"score_threshold": args.score_threshold, "iou_threshold": args.nms_iou}
+    return limits | {"max_detections": args.detections_per_image}
+
+
+def score_options(args: argparse.Namespace, image_path: Callable[[int], str]) -> dict:
+    """The options of evaluation.voc.VOCEvaluator; image_path(image_id) is the file of a validation image."""
+    options = {"iou": args.iou_threshold, "use_2007": args.use_2007_metric}
+    if args.dataset == "voc":
+        options |= {"image_path": image_path, "offset": args.voc_offset}
+    return options
+
+
 def layout_options(args: argparse.Namespace) -> dict:
     """The options of data.detection.load, from the flags that `add_detection_arguments` declared."""
     options = {"coco_sets": (args.coco_train, args.coco_val), "remap_by_name": args.remap_by_name}

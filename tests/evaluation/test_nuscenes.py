@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evaluation import nuscenes, nuscenes_devkit
-from evaluation.nuscenes import MEASURES, NuScenesEvaluator
+from evaluation.nuscenes import MEASURES, NuScenesEvaluator, Score
 from utils.nuscenes import ATTRIBUTE_GROUPS, ATTRIBUTES, CLASSES, GROUP_OF_CLASS
 
 CAMERAS = [f"CAM_{side}" for side in ("FRONT", "FRONT_LEFT", "BACK_LEFT", "BACK", "BACK_RIGHT", "FRONT_RIGHT")]
@@ -228,7 +228,8 @@ def test_two_processes_equal_one(scene, monkeypatch):
     monkeypatch.setattr(nuscenes, "devkit_is_installed", lambda: True)
     monkeypatch.setattr(nuscenes_devkit, "open_tables", lambda *arguments: None)
     submissions = []
-    monkeypatch.setattr(nuscenes_devkit, "score", lambda submission, _: submissions.append(submission) or {"NDS": 0.5})
+    score = Score({"NDS": 0.5})
+    monkeypatch.setattr(nuscenes_devkit, "score", lambda submission, _: submissions.append(submission) or score)
     targets = scene.targets()
     scored("nowhere", targets)
     main, other = (NuScenesEvaluator("nowhere", "v1.0-mini", "mini_val", print=str) for _ in range(2))
@@ -282,9 +283,12 @@ def test_ground_truth_scores_one(scene, root, tmp_path):
     assert set(MEASURES) <= set(metrics) and all(type(value) is float for value in metrics.values())
     assert metrics["mAP"] == pytest.approx(1) and metrics["NDS"] > 0.999 and metrics["AP/barrier"] == pytest.approx(1)
     assert all(metrics[name] < 1e-3 for name in nuscenes_devkit.ERRORS)
-    assert evaluator.write(tmp_path) == ["submission.json", "per_class.csv"]
+    assert evaluator.write(tmp_path) == ["submission.json", "per_class.csv", "confusion.csv", "pr_curves.csv"]
     table = (tmp_path / "per_class.csv").read_text().splitlines()
     assert table[:2] == ["class,AP", "car,1.000000"] and len(table) == 1 + len(CLASSES)
+    table = np.genfromtxt(tmp_path / "confusion.csv", delimiter=",", skip_header=1)[:, 1:]
+    assert (np.diag(table)[:-1] > 0).all() and table.sum() == np.trace(table)
+    assert evaluator.average_precisions() == pytest.approx(dict.fromkeys(CLASSES, 1))
 
 
 def test_the_line_about_the_ground_truth_is_a_warning_if_it_scores_low(scene, root):
@@ -334,7 +338,34 @@ def test_the_score_equals_that_of_the_official_program(scene, root, tmp_path):
     expected = official.evaluate()[0].serialize()
     assert metrics["NDS"] == expected["nd_score"] and metrics["mAP"] == expected["mean_ap"]
     assert all(metrics[name] == expected["tp_errors"][error] for name, error in nuscenes_devkit.ERRORS.items())
+    at_2m = {name: values[2.0] for name, values in expected["label_aps"].items()}
+    assert evaluator.average_precisions() == at_2m
+    _, recall, scores = evaluator.curves()["car"]
+    assert len(recall) == len(scores) > 10 and (np.diff(scores) <= 0).all() and scores[-1] > 0
     assert 0.1 < metrics["mAP"] < 0.99 and all(0.01 < metrics[name] < 1 for name in ("mATE", "mASE", "mAOE"))
+
+
+def test_confusion_counts_pairs_within_two_meters(scene, root, tmp_path):
+    """All cars are called trucks, moved by 1.9 meters, half of them with a low score; all barriers are moved by 2.1."""
+    targets, pairs = scene.targets(), []
+    for target in targets:
+        detected = nuscenes.true_detections(target)
+        cars, barriers = (detected["labels"] == CLASSES.index(name) for name in ("car", "barrier"))
+        detected["center"] = detected["center"] + torch.tensor([1.0, 0, 0]) * (1.9 * cars + 2.1 * barriers)[:, None]
+        detected["labels"] = torch.where(cars, CLASSES.index("truck"), detected["labels"])
+        detected["scores"][cars] = 0.4 + 0.1 * (len(pairs) % 2)
+        pairs.append((target, detected))
+    _, evaluator, _ = scored(root, *map(list, zip(*pairs)))
+    evaluator.write(tmp_path)
+    (head, *rows) = [line.split(",") for line in (tmp_path / "confusion.csv").read_text().splitlines()]
+    table = {row[0]: dict(zip(head[1:], map(int, row[1:]))) for row in rows}
+    counts = {name: sum(int((t["labels"] == CLASSES.index(name)).sum()) for t in targets) for name in CLASSES}
+    low = sum(int((pair[1]["scores"] < 0.5).sum()) for pair in pairs)
+    assert low > 0 and head[1:] == [*CLASSES, "background"]
+    assert table["car"] == dict.fromkeys(head[1:], 0) | {"truck": counts["car"] - low, "background": low}
+    assert table["barrier"]["background"] == table["background"]["barrier"] == counts["barrier"]
+    others = set(CLASSES) - {"bicycle"}  # one is in a rack
+    assert all(sum(table[name].values()) == counts[name] for name in others)
 
 
 def test_some_of_the_samples(scene, root):

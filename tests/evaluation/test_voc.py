@@ -271,7 +271,7 @@ def test_written_tables(tmp_path):
     targets = [target([BOX, FAR], [0, 0], image_id=0), target([BOX], [1], image_id=1)]
     detected = [detection([BOX, NEAR, FAR], [0, 0, 0], [0.9, 0.6, 0.6]), detection([BOX], [2], [0.8])]
     evaluator, metrics = evaluate(targets, detected, classes=["a, b", "pear", "plum", "fig"])
-    assert evaluator.write(tmp_path / "run") == ["per_class.csv", "confusion.csv"]
+    assert evaluator.write(tmp_path / "run") == ["per_class.csv", "confusion.csv", "pr_curves.csv"]
     with open(tmp_path / "run/per_class.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == ["a, b", "pear", "plum", "fig"]
@@ -287,6 +287,58 @@ def test_written_tables(tmp_path):
     assert table[0] == ["truth / detection", "a, b", "pear", "plum", "fig", "background"]
     assert table[2] == ["pear", "0", "0", "1", "0", "0"]
     assert table[5] == ["background", "1", "0", "0", "0", "0"]
+
+
+def read_results(folder, classes, images, offset):
+    """Detections per image from VOC's results files, boxes back in pixels that count from 0."""
+    found = [{"boxes": [], "labels": [], "scores": []} for _ in range(images)]
+    for label, name in enumerate(classes):
+        for line in (folder / f"det_test_{name}.txt").read_text(encoding="utf-8").splitlines():
+            image, score, *corners = line.split(" ")
+            x1, y1, x2, y2 = map(float, corners)
+            columns = {"boxes": [x1 - offset, y1 - offset, x2, y2], "labels": label, "scores": float(score)}
+            for key, value in columns.items():
+                found[int(image.removeprefix("photo."))][key].append(value)
+    return [detection(**rows) for rows in found]
+
+
+@pytest.mark.parametrize("offset", [1, 0])
+def test_the_results_files_score_the_same(offset, tmp_path):
+    targets, detections = random_case(2, levels=1000)
+    names = {"offset": offset, "image_path": lambda image_id: f"/data/JPEGImages/photo.{image_id:03d}.JPG"}
+    classes = ["Größe", "кот", "a%2Fb", "never seen"]
+    evaluator = VOCEvaluator([name.replace("%2F", "/") for name in classes], **names)
+    evaluator.update(targets, detections)
+    metrics = evaluator.compute()
+    files = [f"det_test_{name}.txt" for name in classes]
+    assert evaluator.write(tmp_path) == ["per_class.csv", "confusion.csv", "pr_curves.csv", *files]
+    found = read_results(tmp_path, classes, len(targets), offset)
+    assert [len(rows["scores"]) for rows in found] == [
+        len(d["scores"]) for _, d in sorted(zip(targets, detections), key=lambda pair: pair[0]["image_id"])
+    ]
+    by_image = sorted(targets, key=lambda target: target["image_id"])
+    areas = [plain_ap(*plain_outcomes(by_image, found, label, 0.5))[0] for label in range(3)]
+    assert metrics["mAP"] == pytest.approx(np.mean(areas), abs=1e-12) and 0.1 < metrics["mAP"] < 0.9
+
+
+def test_a_results_file_has_the_first_and_the_last_pixel(tmp_path):
+    evaluator = VOCEvaluator(["cat"], image_path=lambda image_id: "sub/000012.jpg")
+    evaluator.update([target([BOX], [0])], [detection([[0, 10, 500, 375]], [0], [0.25])])
+    evaluator.compute()
+    evaluator.write(tmp_path)
+    assert (tmp_path / "det_test_cat.txt").read_text() == "000012 0.25 1 11 500 375\n"
+
+
+def test_the_metric_of_2007():
+    targets, detections = random_case(1)
+    _, metrics = evaluate(targets, detections)
+    evaluator = VOCEvaluator(CLASSES, use_2007=True)
+    evaluator.update(targets, detections)
+    of_2007 = evaluator.compute()
+    assert of_2007["mAP"] == of_2007["mAP_11point"] == metrics["mAP_11point"] != metrics["mAP"]
+    assert all(of_2007[f"AP/{name}"] == metrics[f"AP_11point/{name}"] for name in CLASSES[:3])
+    assert list(of_2007) == list(metrics)
+    assert float(evaluator.per_class()[1][3]) == pytest.approx(of_2007["AP/apple"], abs=1e-6)
 
 
 def test_errors_of_the_caller():
