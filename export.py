@@ -13,9 +13,9 @@ A RetinaNet with --nms has a second input `sizes`, float32 [B,2]: the height and
 top left of the input, with any values right of and below it. Its boxes are those of predict.py, whatever the size.
 Without --nms the whole input is the image.
 
-The metadata of the file contains classes, size (h, w), mean, std, input, architecture and version. Before the file is
-written, onnxruntime runs it on images: if its outputs differ from this program's by more than --tolerance, it is not
-written and the exit code is 2.
+The metadata of the file contains classes, size (h, w), mean, std, input, architecture and version, with `sizes` also
+min_side and max_side, to which predict.py resizes. Before the file is written, onnxruntime runs it on images: if its
+outputs differ from this program's by more than --tolerance, it is not written and the exit code is 2.
 
 Needs requirements-export.txt; --state-dict does not.
 """
@@ -266,7 +266,10 @@ def metadata(net, graph, size):
     """Metadata of the ONNX file: text by name."""
     project = tomllib.loads((Path(__file__).resolve().parent / "pyproject.toml").read_text())["project"]
     normalized = graph.inputs[0] == "input_0"
-    sizes = {"sizes": "height, width of each image, at the top left of the input"} if "sizes" in graph.inputs else {}
+    sizes = {}
+    if "sizes" in graph.inputs:
+        sizes = {"sizes": "height, width of each image, at the top left of the input"}
+        sizes |= {name: json.dumps(getattr(net, name)) for name in ("min_side", "max_side")}
     return {
         "classes": json.dumps(class_names(net)),
         "size": json.dumps(list(size)),
