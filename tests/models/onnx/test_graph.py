@@ -43,8 +43,10 @@ def test_a_padded_image_has_the_detections_that_it_has_alone(anchors):
     size, sizes = (160, 192), [(160, 192), (70, 192), (129, 64), (65, 90)]
     net = export_helpers.randomize(models.build("retinanet", 3, depth=18, anchors=anchors), size)
     images = export_helpers.generated_images(size, 4)
-    boxes, labels, scores, *_ = onnx.graph(net, size, with_nms=True)(images.float(), torch.tensor(sizes).float())
-    detections = export_helpers.without_unused_rows({"boxes": boxes, "labels": labels, "scores": scores})
+    outputs = onnx.graph(net, size, with_nms=True)(images.float(), torch.tensor(sizes).float())
+    candidates = export.candidates_alone(net, images, torch.tensor(sizes))
+    torch.testing.assert_close(dict(zip(onnx.CANDIDATES, outputs[3:])), candidates, rtol=0, atol=1e-3)
+    detections = export_helpers.without_unused_rows(dict(zip(("boxes", "labels", "scores"), outputs)))
     expected = [export_helpers.detect_alone(net, *image) for image in zip(images, sizes)]
     export_helpers.assert_same_detections(detections, expected)
 
