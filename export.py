@@ -5,12 +5,17 @@
     python export.py runs/drone/best.pt --out models/drone/ssd.onnx --layout jetson
     python export.py runs/drone/best.pt --state-dict drone.pth                 # what dusty-nv's programs load
 
-The input of the ONNX file is RGB pixels 0..255, float32 [B,3,H,W]. The caller resizes the images (for a RetinaNet it
-may also pad them on the right and at the bottom with the mean color), the graph normalizes them; with --layout jetson
-the caller does, as jetson-inference does. Boxes are decoded in the graph. A classifier outputs scores [B,K], a
-CenterFusion its raw heads. The metadata of the file contains classes, size (h, w), mean, std, input, architecture and
-version. Before the file is written, onnxruntime runs it on images: if its outputs differ from this program's by more
-than --tolerance, it is not written and the exit code is 2.
+The input of the ONNX file is RGB pixels 0..255, float32 [B,3,H,W]. The caller resizes the images, the graph normalizes
+them; with --layout jetson the caller does, as jetson-inference does. Boxes are decoded in the graph. A classifier
+outputs scores [B,K], a CenterFusion its raw heads.
+
+A RetinaNet with --nms has a second input `sizes`, float32 [B,2]: the height and width of each image, which is at the
+top left of the input, with any values right of and below it. Its boxes are those of predict.py, whatever the size.
+Without --nms the whole input is the image.
+
+The metadata of the file contains classes, size (h, w), mean, std, input, architecture and version, with `sizes` also
+min_side and max_side, to which predict.py resizes. Before the file is written, onnxruntime runs it on images: if its
+outputs differ from this program's by more than --tolerance, it is not written and the exit code is 2.
 
 Needs requirements-export.txt; --state-dict does not.
 """
@@ -28,6 +33,7 @@ from torchvision.transforms.v2 import functional as F
 
 import models
 from data.images import SUFFIXES, read_image
+from data.loader import PadCollate
 from models import backbones, onnx, pretrained
 from models.centerfusion import CenterFusion
 from models.onnx import is_bgr
@@ -35,6 +41,7 @@ from models.pretrained import backbones as pretrained_backbones
 from models.pretrained import retinanet
 from models.retinanet import RetinaNet
 from models.ssd import SSD
+from ops.boxes import clip, decode
 from ops.images import normalize
 from synthetic.shapes import drawing
 from training import cli
@@ -44,6 +51,7 @@ from utils.errors import DataError, UsageError, WeightsError
 # Arguments of networks that a bare state dict does not store.
 NOT_STORED = ("anchors", "anchor_scale", "box_sizes", "radar", "threshold", "max_distance")
 MAX_IMAGES = 8  # of --check-images
+SIZES = ((1, 1), (0.61, 1), (1, 0.47), (0.53, 0.72))  # (h, w) of images in a padded input, to be checked, as fractions
 CALIB = ((1266.4, 0.0, 816.3, 0.0), (0.0, 1266.4, 491.5, 0.0), (0.0, 0.0, 1.0, 0.0))  # a camera of nuScenes
 
 
@@ -121,12 +129,22 @@ def make_radar(images):
     return values * has_return, torch.tensor(CALIB).expand(count, -1, -1).contiguous()
 
 
-def make_inputs(net, graph, images):
-    """The inputs of the graph for uint8 images [B,3,H,W], and those of the network: two tuples of tensors."""
-    radar = make_radar(images) if len(graph.inputs) > 1 else ()
+def make_sizes(images, first):
+    """float32 [B,2], (h, w) of the part of each image that is to be seen: those of SIZES from number `first` on."""
+    fractions = torch.tensor(SIZES)[torch.arange(first, first + len(images)) % len(SIZES)]
+    return (fractions * torch.tensor(images.shape[-2:])).ceil()
+
+
+def make_inputs(net, graph, images, first=0):
+    """The inputs of the graph for uint8 images [B,3,H,W], and those of the network: two tuples of tensors.
+
+    first: the number of images in earlier batches
+    """
+    radar = make_radar(images) if "radar_map" in graph.inputs else ()
+    sizes = (make_sizes(images, first),) if "sizes" in graph.inputs else ()
     pixels = normalize(images.flip(1) if is_bgr(net) else images, net.image_mean, net.image_std)
     normalized = graph.inputs[0] == "input_0"
-    return (pixels.contiguous() if normalized else images.float().contiguous(), *radar), (pixels, *radar)
+    return (pixels.contiguous() if normalized else images.float().contiguous(), *radar, *sizes), (pixels, *radar)
 
 
 @torch.no_grad()
@@ -189,11 +207,15 @@ def differences(net, graph, content, complete, batches):
     Results of NMS are compared with those of our NMS on the candidates of onnxruntime, because rounding can change the
     order of boxes with nearly equal scores; the candidates are compared with ours.
     """
-    run, largest = open_session(content), {}
+    run, largest, count = open_session(content), {}, 0
     run_complete = run if complete is content else open_session(complete)
     for images in batches:
-        graph_inputs, net_inputs = make_inputs(net, graph, images)
-        outputs, expected = run(graph_inputs), dict(zip(graph.outputs, graph.postprocess(net(*net_inputs))))
+        graph_inputs, net_inputs = make_inputs(net, graph, images, count)
+        outputs, count = run(graph_inputs), count + len(images)
+        if "sizes" in graph.inputs:
+            expected = candidates_alone(net, images, graph_inputs[1])
+        else:
+            expected = dict(zip(graph.outputs, graph.postprocess(net(*net_inputs))))
         if complete is not content:
             candidates = {name: run_complete(graph_inputs)[name] for name in onnx.CANDIDATES}
             outputs |= candidates
@@ -202,6 +224,33 @@ def differences(net, graph, content, complete, batches):
             pair = torch.stack([(value.double() - expected[name]).abs().max(), expected[name].double().abs().max()])
             largest[name] = torch.maximum(largest.get(name, pair), pair)  # keeps nan
     return {name: tuple(pair.tolist()) for name, pair in largest.items()}
+
+
+def candidates_alone(net, images, sizes):
+    """The CANDIDATES of a RetinaNet that sees each of the images uint8 [B,3,H,W] alone, cut to its size, in the rows of
+    the whole input: zeros in the others."""
+    whole = tuple(images.shape[-2:])
+    boxes = torch.zeros(len(images), sum(net.level_sizes(whole)), 4)
+    scores = torch.zeros(*boxes.shape[:2], net.num_classes)
+    for row, (height, width) in enumerate(sizes.int().tolist()):
+        own = PadCollate(32).padded_shape((height, width))  # as predict.py pads it
+        image = images[row : row + 1, :, : own[0], : own[1]].contiguous()
+        outputs = net(normalize(image, net.image_mean, net.image_std, [(height, width)]))
+        anchors = rows_of_part(net, own, whole)
+        decoded = decode(outputs["offsets"], net.anchors(own), net.box_weights)
+        boxes[row, anchors] = clip(decoded, [(height, width)])[0]
+        scores[row, anchors] = outputs["logits"][0].sigmoid()
+    return dict(zip(onnx.CANDIDATES, (boxes, scores)))
+
+
+def rows_of_part(net, part, whole):
+    """int64 [a], which anchors of an image of `whole` (H, W) are those of its top left `part` (h, w)."""
+    index, first = [], 0
+    for (rows, columns), cells, count in zip(net.map_sizes(part), net.map_sizes(whole), net.level_sizes(whole)):
+        numbers = torch.arange(first, first + count).view(*cells, -1)
+        index.append(numbers[:rows, :columns].flatten())
+        first += count
+    return torch.cat(index)
 
 
 def is_close(name, difference, value, tolerance):
@@ -217,6 +266,10 @@ def metadata(net, graph, size):
     """Metadata of the ONNX file: text by name."""
     project = tomllib.loads((Path(__file__).resolve().parent / "pyproject.toml").read_text())["project"]
     normalized = graph.inputs[0] == "input_0"
+    sizes = {}
+    if "sizes" in graph.inputs:
+        sizes = {"sizes": "height, width of each image, at the top left of the input"}
+        sizes |= {name: json.dumps(getattr(net, name)) for name in ("min_side", "max_side")}
     return {
         "classes": json.dumps(class_names(net)),
         "size": json.dumps(list(size)),
@@ -224,6 +277,7 @@ def metadata(net, graph, size):
         "std": json.dumps(list(net.image_std)),
         "input": "RGB, (pixel - mean) / std" if normalized else "RGB, 0..255, normalized in the graph",
         "mean_order": "bgr" if is_bgr(net) else "rgb",
+        **sizes,
         "architecture": net.name,
         "version": f"{project['name']} {project['version']}",
     }

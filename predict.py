@@ -131,7 +131,17 @@ def detect(net, images, run, threshold, labels):
         resize, collate = transforms.ssd_eval(net.image_size), loader.PadCollate(1)
     else:
         resize, collate = transforms.multiscale_eval(net.min_side, net.max_side), loader.PadCollate(32)
-    batch, targets = collate([resize(tv_tensors.Image(image), empty_target(image)) for image in images])
+    samples = [resize(tv_tensors.Image(image), empty_target(image)) for image in images]
+    detections = [None] * len(samples)
+    for rows in collate.groups(image.shape[-2:] for image, _ in samples):  # as in evaluation: of one padded shape
+        found = detect_in_batch(net, *collate([samples[row] for row in rows]), run, threshold)
+        for row, detection in zip(rows, found, strict=True):
+            detections[row] = select(detection, threshold, labels)
+    return detections
+
+
+def detect_in_batch(net, batch, targets, run, threshold):
+    """`detect` in a padded batch (uint8 [B,3,H,W]), of all classes."""
     size, shapes = tuple(batch.shape[-2:]), [target["shape"] for target in targets]
     pixels = normalize(batch.to(run.device, non_blocking=True), net.image_mean, net.image_std, shapes)
     with run.autocast():
@@ -143,7 +153,7 @@ def detect(net, images, run, threshold, labels):
     else:
         anchors, levels = net.anchors(size), net.level_sizes(size)
         detections = nms.retinanet_detections(outputs, anchors, net.box_weights, shapes, levels, threshold)
-    return [select(detection, threshold, labels) for detection in to_file_pixels(detections, targets)]
+    return to_file_pixels(detections, targets)
 
 
 def empty_target(image):

@@ -162,9 +162,24 @@ class PadCollate:
     def __init__(self, multiple: int):
         self.multiple = multiple
 
+    def padded_shape(self, *shapes: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of a batch of images of these `shapes` (h, w)."""
+        return tuple(-(-max(sides) // self.multiple) * self.multiple for sides in zip(*shapes))
+
+    def groups(self, shapes: Iterable[tuple[int, int]]) -> list[list[int]]:
+        """Positions in `shapes` (h, w) of images that alone have the same padded shape, in order of appearance.
+
+        A network sees the padding, so what it detects in an image would depend on the other images of a batch if they
+        had other padded shapes.
+        """
+        groups = {}
+        for position, shape in enumerate(shapes):
+            groups.setdefault(self.padded_shape(shape), []).append(position)
+        return list(groups.values())
+
     def __call__(self, samples: Sequence[tuple]) -> tuple[torch.Tensor, Targets]:
         shapes = [tuple(image.shape[-2:]) for image, _ in samples]
-        height, width = (-(-max(sides) // self.multiple) * self.multiple for sides in zip(*shapes))
+        height, width = self.padded_shape(*shapes)
         batch = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # channels last
         for pixels, (image, _), (h, w) in zip(batch, samples, shapes):
             pixels[:, :h, :w] = image
@@ -188,10 +203,19 @@ def train_loader(
 def eval_loader(
     dataset: Dataset, batch_size: int, process: Process = Process(), collate: Callable = collate
 ) -> DataLoader:
-    """This process's share of the images, each once. batch_size: over all processes. Its workers stay alive."""
-    share = Subset(dataset, range(process.rank, len(dataset), process.world_size))
-    options = {"batch_size": batch_size // process.world_size, "persistent_workers": process.workers > 0}
-    return _loader(share, process, collate, **options)
+    """This process's share of the images, each once. batch_size: over all processes. Its workers stay alive.
+
+    With a PadCollate, the images of a batch have one padded shape, the one that each has alone: so their detections and
+    losses are the same for any batch size and number of processes. The order of the images is the same for any batch
+    size. The data set then has shapes(indices), (h, w) of its images.
+    """
+    indices, size = range(process.rank, len(dataset), process.world_size), batch_size // process.world_size
+    options = {"batch_size": size}
+    if isinstance(collate, PadCollate):
+        groups = collate.groups(dataset.shapes(indices))
+        batches = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+        options = {"batch_sampler": batches}
+    return _loader(Subset(dataset, indices), process, collate, persistent_workers=process.workers > 0, **options)
 
 
 def _loader(dataset, process, collate, **options):

@@ -200,11 +200,15 @@ class ResizeShortestEdge:
     def __init__(self, min_sides: Sequence[int], max_side: int, min_box_size: float = 0.01):
         self.min_sides, self.max_side, self.min_box_size = tuple(min_sides), max_side, min_box_size
 
+    def resized(self, size: tuple[int, int], min_side: int | None = None) -> tuple[int, int]:
+        """(h, w) of an image of `size` (h, w) after resizing to `min_side`, by default the first of `min_sides`."""
+        min_side = self.min_sides[0] if min_side is None else min_side
+        scale = min(min_side / min(size), self.max_side / max(size))
+        return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+
     def __call__(self, image: tv_tensors.Image, target: dict) -> Sample:
         height, width = image.shape[-2:]
-        min_side = self.min_sides[int(torch.randint(len(self.min_sides), ()))]
-        scale = min(min_side / min(height, width), self.max_side / max(height, width))
-        size = (max(1, round(scale * height)), max(1, round(scale * width)))
+        size = self.resized((height, width), self.min_sides[int(torch.randint(len(self.min_sides), ()))])
         boxes = target["boxes"].as_subclass(torch.Tensor)
         scaled = boxes * (boxes.new_tensor(size[::-1]) / boxes.new_tensor([width, height])).repeat(2)
         scaled = clip_boxes_to_image(scaled, size)

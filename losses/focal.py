@@ -56,9 +56,11 @@ class FocalSum(torch.autograd.Function):
         for some, weight, some_gradient in zip(rows.split(chunk), weights.split(chunk), gradient.split(chunk)):
             power, entropy, slope = background_terms(some.float(), gamma)
             power.mul_(weight)
-            sums.append(torch.dot(power.view(-1), entropy.view(-1)))
             if needs_gradient:
+                sums.append(torch.dot(power.view(-1), entropy.view(-1)))
                 torch.mul(power, slope, out=some_gradient)
+            else:  # dot's rounding, 1e-5 of the sum, would depend on the batch size
+                sums.append(power.mul_(entropy).sum())
         positive, own_class = labels > 0, (labels - 1).clamp(min=0)
         own = rows.gather(1, own_class).float()  # [BA,1]
         background_power, background_entropy, _ = background_terms(own, gamma)

@@ -3,6 +3,7 @@
 import torch
 
 import export
+from data.loader import PadCollate
 from ops import nms
 from ops.images import normalize
 from tests import model_helpers
@@ -44,11 +45,14 @@ def save_checkpoint(net, path, size, **more):
     return str(path)
 
 
-def run_onnx(path, images, normalize_for=None):
-    """Outputs by name of the ONNX file for uint8 images [B,3,H,W], normalized first if a network is given."""
+def run_onnx(path, images, normalize_for=None, sizes=()):
+    """Outputs by name of the ONNX file for uint8 images [B,3,H,W], normalized first if a network is given.
+
+    sizes: (h, w) of each image within, for a graph that wants them
+    """
     net = normalize_for
     pixels = normalize(images, net.image_mean, net.image_std) if net else images.float()
-    return export.open_session(path.read_bytes())([pixels.contiguous()])
+    return export.open_session(path.read_bytes())([pixels.contiguous(), *[torch.tensor(sizes).float()] * bool(sizes)])
 
 
 @torch.no_grad()
@@ -59,6 +63,15 @@ def detect(net, images):
     if net.name != "retinanet":
         return nms.ssd_detections(outputs, anchors, net.box_weights, size)
     return nms.retinanet_detections(outputs, anchors, net.box_weights, [size] * len(images), net.level_sizes(size))
+
+
+@torch.no_grad()
+def detect_alone(net, image, size):
+    """Detections of a RetinaNet in the top left `size` (h, w) of an image uint8 [3,H,W], padded to multiples of 32."""
+    padded = PadCollate(32).padded_shape(size)
+    pixels = image[None, :, : padded[0], : padded[1]].contiguous()
+    outputs, anchors = net(normalize(pixels, net.image_mean, net.image_std, [size])), net.anchors(padded)
+    return nms.retinanet_detections(outputs, anchors, net.box_weights, [size], net.level_sizes(padded))[0]
 
 
 def detect_in_candidates(net, outputs, size):

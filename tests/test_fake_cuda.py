@@ -100,7 +100,8 @@ def test_graphs_of_export(name):
     size = (64, 96)
     with fake_cuda.FakeCuda(), torch.no_grad():
         graph = onnx.graph(models.build(name, 3), size, with_nms=name != "resnet18").to("cuda").eval()
-        outputs = graph(generated_images(size, 2).float().to("cuda"))
+        sizes = [torch.tensor([[64, 96], [33, 64]]).float().to("cuda")] * ("sizes" in graph.inputs)
+        outputs = graph(generated_images(size, 2).float().to("cuda"), *sizes)
         assert all(output.is_cuda for output in outputs)
 
 

@@ -211,16 +211,26 @@ class BoxDataset(SeededDataset):
         return CocoTruth(self.image_ids, self.category_ids, columns)
 
     def aspects(self) -> np.ndarray:
-        """float64 [N], height / width of every image, as annotated or else from the files' headers; an image that
-        cannot be read counts as 1."""
-        sizes = self.sizes.astype(np.float64)
-        unknown = np.flatnonzero((sizes == 0).any(axis=1))
-        for index in tqdm(unknown, desc="reading image sizes", unit="image", disable=None if len(unknown) else True):
-            try:
-                sizes[index] = image_size(self.paths[index])
-            except DataError:
-                sizes[index] = 1  # reported when it is loaded
+        """float64 [N], height / width of every image; see `file_sizes`."""
+        sizes = self.file_sizes(range(len(self)))
         return sizes[:, 0] / sizes[:, 1]
+
+    def file_sizes(self, indices: Sequence[int]) -> np.ndarray:
+        """int64 [n,2], (h, w) of the image files at `indices`, as annotated or else from the files' headers; 1 x 1 for
+        an image that cannot be read."""
+        sizes = self.sizes[np.asarray(indices, dtype=np.int64)].astype(np.int64)
+        unknown = np.flatnonzero((sizes == 0).any(axis=1))
+        for row in tqdm(unknown, desc="reading image sizes", unit="image", disable=None if len(unknown) else True):
+            try:
+                sizes[row] = image_size(self.paths[indices[row]])
+            except DataError:
+                sizes[row] = 1  # reported when it is loaded
+        return sizes
+
+    def shapes(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """(h, w) of the images at `indices` as `dataset[i]` has them, without reading them, with the transform
+        `multiscale_eval`."""
+        return [self.transform.resized(size) for size in self.file_sizes(indices).tolist()]
 
     def class_counts(self) -> np.ndarray:
         """int64 [K], objects of each class, without those to ignore."""

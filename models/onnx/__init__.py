@@ -13,7 +13,8 @@ from torchvision.ops import nms
 from models import backbones, ssd
 from models.centerfusion import CenterFusion
 from models.onnx.centerfusion import CenterFusionGraph
-from models.retinanet import RetinaNet
+from models.onnx.padding import PaddedImages
+from models.retinanet import LEVELS, SHAPES, RetinaNet
 from ops.boxes import decode, take
 from utils.errors import WeightsError
 
@@ -162,6 +163,47 @@ class Detector(nn.Module):
         return retinanet_nms(boxes, scores, self.level_sizes, *self.rules)
 
 
+class PaddedRetinaNet(Detector):
+    """Images and `sizes` float32 [B,2], (h, w) of each image at the top left of the input -> as Detector with NMS.
+
+    What is beyond an image has no influence, whatever its pixels are: the detections are those of the image padded
+    alone to multiples of 32, as predict.py pads it. Its boxes are clipped to its size.
+    """
+
+    def __init__(self, net, size, threshold=None):
+        super().__init__(net, size, with_nms=True, threshold=threshold)
+        self.inputs, self.size, self.map_sizes = ("images", "sizes"), tuple(size), net.map_sizes(size)
+        grids = [torch.meshgrid(*map(torch.arange, map_size), indexing="ij") for map_size in self.map_sizes]
+        cells = [torch.stack([x, y, x, y], -1).flatten(0, 1).repeat_interleave(SHAPES, 0) for y, x in grids]
+        self.register_buffer("cells", torch.cat(cells).float())  # [A,4], column and row of each anchor, twice
+        whole = PaddedImages(torch.tensor([size], dtype=torch.float32), size, LEVELS)
+        self.register_buffer("shapes", self.anchors - self.cells * self.strides(whole)[0])  # torchvision's at cell 0, 0
+
+    def forward(self, images, sizes):
+        images = self.normalize(images)
+        with PaddedImages(sizes, self.size, LEVELS) as padded:
+            outputs = self.net(images)
+        return self.postprocess(outputs, padded)
+
+    def postprocess(self, outputs, padded):
+        own = padded.contain_anchors(self.map_sizes, SHAPES)[..., None]  # [B,A,1]
+        boxes = decode(outputs["offsets"], self.own_anchors(padded), self.net.box_weights)
+        boxes = boxes.clamp(min=0).minimum(padded.sizes.flip(1).repeat(1, 2)[:, None]) * own
+        scores = outputs["logits"].sigmoid() * own
+        return *self.nms(boxes, scores), boxes, scores
+
+    def own_anchors(self, padded):
+        """[A,4]; of torchvision's variant [B,A,4], because the strides of P6 and P7 depend on the size of the image."""
+        if self.net.arguments["anchors"] != "torchvision":
+            return self.anchors
+        return self.shapes + self.cells * self.strides(padded)
+
+    def strides(self, padded):
+        """[B,A,4], pixels per cell in x, y, x, y."""
+        strides = (strides.flip(1).repeat(1, 2)[:, None] for strides in padded.strides(self.map_sizes))
+        return torch.cat([x.expand(-1, count, -1) for x, count in zip(strides, self.level_sizes)], 1)
+
+
 def ssd_nms(boxes, scores, score_threshold, iou_threshold, candidates, max_detections):
     """`ops.nms.ssd_detections` with outputs of a fixed size."""
     count, classes = min(candidates, scores.shape[1]), scores.shape[2]
@@ -208,6 +250,8 @@ def graph(net, size, layout="sightline", with_nms=False, threshold=None):
     if with_nms and (not detector or layout == "jetson"):
         reason = "jetson-inference does NMS itself" if detector else f"{net.name} has no boxes for NMS"
         raise WeightsError(f"{reason}; remove --nms")
+    if with_nms and isinstance(net, RetinaNet):
+        return PaddedRetinaNet(net, size, threshold).eval()
     if detector:
         return Detector(net, size, layout, with_nms, threshold).eval()
     if isinstance(net, CenterFusion):

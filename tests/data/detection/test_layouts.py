@@ -105,6 +105,16 @@ def test_aspect_ratios(roots, layout):
     assert len(set(aspects)) > 3
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shapes_of_transformed_images(roots, layout):
+    """Known without reading the images; Open Images has no sizes, so their headers are read."""
+    dataset = read(layout, [roots[layout]], transform=transforms.multiscale_eval(50, 70))
+    indices = range(1, len(dataset), 2)
+    shapes = dataset.shapes(indices)
+    assert shapes == [tuple(dataset[i][0].shape[-2:]) for i in indices]
+    assert len(set(shapes)) > 3
+
+
 def test_the_classes_of_a_checkpoint_apply(drawn_voc):
     order = ["star", "ring", "disc", "square", "triangle"]
     with pytest.raises(DataError, match="--remap-by-name"):

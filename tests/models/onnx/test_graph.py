@@ -27,12 +27,28 @@ def test_nms_selects_the_detections_of_evaluation(name, arguments):
     """With outputs of fixed size; nothing is selected at a threshold of 1."""
     net = export_helpers.randomize(models.build(name, 3, **arguments), SIZE)
     images = export_helpers.generated_images(SIZE, 2)
-    boxes, labels, scores, *_ = onnx.graph(net, SIZE, with_nms=True)(images.float())
+    sizes = [torch.tensor([SIZE, SIZE]).float()] * (name == "retinanet")
+    boxes, labels, scores, *_ = onnx.graph(net, SIZE, with_nms=True)(images.float(), *sizes)
     detections = export_helpers.without_unused_rows({"boxes": boxes, "labels": labels, "scores": scores})
     export_helpers.assert_same_detections(detections, export_helpers.detect(net, images))
-    boxes, labels, scores, *_ = onnx.graph(net, SIZE, with_nms=True, threshold=1.0)(images.float())
+    boxes, labels, scores, *_ = onnx.graph(net, SIZE, with_nms=True, threshold=1.0)(images.float(), *sizes)
     assert boxes.abs().max() == scores.max() == 0
     assert labels.max() == -1
+
+
+@pytest.mark.parametrize("anchors", ["yhenon", "torchvision"])
+@torch.no_grad()
+def test_a_padded_image_has_the_detections_that_it_has_alone(anchors):
+    """Here it is padded with more of the image, which must not be seen either."""
+    size, sizes = (160, 192), [(160, 192), (70, 192), (129, 64), (65, 90)]
+    net = export_helpers.randomize(models.build("retinanet", 3, depth=18, anchors=anchors), size)
+    images = export_helpers.generated_images(size, 4)
+    outputs = onnx.graph(net, size, with_nms=True)(images.float(), torch.tensor(sizes).float())
+    candidates = export.candidates_alone(net, images, torch.tensor(sizes))
+    torch.testing.assert_close(dict(zip(onnx.CANDIDATES, outputs[3:])), candidates, rtol=0, atol=1e-3)
+    detections = export_helpers.without_unused_rows(dict(zip(("boxes", "labels", "scores"), outputs)))
+    expected = [export_helpers.detect_alone(net, *image) for image in zip(images, sizes)]
+    export_helpers.assert_same_detections(detections, expected)
 
 
 def centerfusion_net():
