@@ -22,7 +22,8 @@ def build(name: str, num_classes: int, **arguments) -> nn.Module:
     """A network with random weights for `num_classes` classes, background not counted.
 
     arguments by network; raises WeightsError on an unknown name or argument:
-    SSD           box_sizes, a (min, max) in pixels at 300 x 300 for each map (None: as published)
+    SSD           box_sizes, a (min, max) in pixels at 300 x 300 for each map (None: as published); mb1-ssd: priors,
+                  "scaled" or "jetson", their sizes at other resolutions
     MobileNet v2  width_mult, also of the SSD on it
     RetinaNet     see `retinanet.RetinaNet`
     CenterFusion  radar, threshold, max_distance, see `centerfusion.CenterFusion`
