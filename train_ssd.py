@@ -143,7 +143,7 @@ def main(argv=None):
     net = models.build(args.arch, len(train_set.classes), **arguments)
     net.classes, size = train_set.classes, (args.resolution, args.resolution)
     if not run_folder.checkpoint:
-        pretrained.init_weights(net, args.weights, args.backbone_weights, run.is_main, args.eval_only, run.print)
+        pretrained.init_weights(net, **cli.start_options(args), download=run.is_main, print=run.print)
     net.to(run.device, memory_format=torch.channels_last)
     train_set.transform = transforms.ssd_train(
         size, net.image_mean, args.zoom_out, args.max_zoom_out, args.iou_crop, args.color_jitter

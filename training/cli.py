@@ -321,6 +321,12 @@ def add_detection_arguments(parser: ArgumentParser, masks: bool = False) -> None
     arg("--voc-offset", type=int, choices=(0, 1), default=1, help=first)
 
 
+def start_options(args: argparse.Namespace) -> dict:
+    """The options of models.pretrained.init_weights: which weights a run starts from."""
+    weights = {"weights": args.weights, "backbone_weights": getattr(args, "backbone_weights", "none")}
+    return {**weights, "strict": args.eval_only, "freeze_bn": args.freeze_bn}
+
+
 def layout_options(args: argparse.Namespace) -> dict:
     """The options of data.detection.load, from the flags that `add_detection_arguments` declared."""
     options = {"coco_sets": (args.coco_train, args.coco_val), "remap_by_name": args.remap_by_name}

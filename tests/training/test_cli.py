@@ -33,6 +33,19 @@ def recipe(tmp_path):
     return write
 
 
+def test_start_options(parser):
+    parser.add_argument("--weights", default="auto")
+    expected = {"weights": "auto", "backbone_weights": "none", "strict": False, "freeze_bn": True}
+    assert cli.start_options(parser.parse(["--freeze-bn"])) == expected
+    parser.add_argument("--backbone-weights", default="auto")
+    assert cli.start_options(parser.parse(["--eval-only"])) == {
+        **expected,
+        "backbone_weights": "auto",
+        "strict": True,
+        "freeze_bn": False,
+    }
+
+
 def refusal(parser, argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         parser.parse(argv)
