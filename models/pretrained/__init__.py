@@ -19,7 +19,14 @@ from torch import nn
 from models.centerfusion import CenterFusion
 from models.maskrcnn import MaskRCNN
 from models.pretrained import backbones, centerfusion, maskrcnn, retinanet, ssd
-from models.pretrained.state_dicts import family_of, load_matching, load_strictly, open_weights, trained_weights
+from models.pretrained.state_dicts import (
+    family_of,
+    fits,
+    load_matching,
+    load_strictly,
+    open_weights,
+    trained_weights,
+)
 from models.retinanet import RetinaNet
 from models.ssd import SSD
 from utils.errors import WeightsError
@@ -67,7 +74,7 @@ def init_weights(
 
 
 def load(path_or_state_dict: str | Path | dict, source: str | None = None) -> nn.Module:
-    """The detector in a published file or state dict, in evaluation mode.
+    """The detector or classifier in a published file or state dict, in evaluation mode.
 
     Family, class count, depth and width are recognized by names and shapes; names may begin with `module.`. All tensors
     must fit. The network gets `classes`, names in label order or None if unknown, and `image_size` (h, w) or, where
@@ -75,7 +82,10 @@ def load(path_or_state_dict: str | Path | dict, source: str | None = None) -> nn
     """
     _, state, label = open_weights(path_or_state_dict, source)
     modules = {name: module for module in FAMILY_OF.values() for name in module.FAMILIES}
-    family = family_of(state, {name: module.FAMILIES[name] for name, module in modules.items()}, label)
+    families = {name: module.FAMILIES[name] for name, module in modules.items()}
+    if not fits(state, families) and fits(backbones.bare_names(state), backbones.FAMILIES):
+        return backbones.from_state(state, label).eval()
+    family = family_of(state, families, label)
     return modules[family].from_state(family, state, label).eval()
 
 
