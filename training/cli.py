@@ -301,7 +301,7 @@ class SizeAction(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         if len(values) > 2:
-            parser.error(f"{option_string} {' '.join(map(str, values))}: give one number, or height and width")
+            parser.error(f"{option_string} {' '.join(map(str, values))}: give one number, or two")
         setattr(namespace, self.dest, (values * 2)[:2])
 
 

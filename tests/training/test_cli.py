@@ -46,6 +46,19 @@ def test_start_options(parser):
     }
 
 
+def test_size(parser, capsys):
+    """One number or two, after which nothing else may follow."""
+    parser.add_argument("inputs", nargs="*")
+    cli.add_weights_arguments(parser, "of the input")
+    assert parser.parse([]).size is None
+    assert parser.parse(["a.jpg", "--size", "512"]).size == [512, 512]
+    assert parser.parse(["--size", "160", "224", "--labels", "b"]).size == [160, 224]
+    assert refusal(parser, ["--size", "1", "2", "3"], capsys).endswith("--size 1 2 3: give one number, or two")
+    assert refusal(parser, ["--size", "512", "a.jpg"], capsys).endswith(
+        "argument --size: 'a.jpg' is not a whole number"
+    )
+
+
 def refusal(parser, argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         parser.parse(argv)
