@@ -78,11 +78,13 @@ def _set_names(net, path, bare, labels):
     Where published weights have that number of classes, labels.txt with another number belongs to something else.
     """
     beside = Path(path).with_name("labels.txt")
-    if not labels and not (bare and beside.is_file()):
+    file = labels or (beside if bare and beside.is_file() else None)
+    if not file:
         if not net.classes:
             print(f"{path}: contains no class names, and no labels.txt is beside it; give them with --labels FILE")
+        elif bare:
+            print(f"{path}: class names {', '.join(net.classes[:3])}, ... as published (else give --labels FILE)")
         return
-    file = labels or beside
     names = read_labels(file)
     counts = f"{file} has {len(names)} class names, {path} has {net.num_classes} classes"
     if len(names) == net.num_classes:

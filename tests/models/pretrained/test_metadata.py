@@ -54,6 +54,8 @@ def test_names_of_bare_weights(bare, tmp_path, capsys):
 def test_names_of_published_weights(ssds, tmp_path, capsys):
     """A labels.txt beside them replaces the names of VOC where it has as many; else it belongs to another network."""
     torch.save(ssds[20], tmp_path / "voc.pth")
+    assert models.load(tmp_path / "voc.pth").classes[14] == "person"
+    assert "class names aeroplane, bicycle, bird, ... as published (else give --labels FILE)" in capsys.readouterr().out
     beside = write_labels(tmp_path / "labels.txt", ANIMALS)
     assert models.load(tmp_path / "voc.pth").classes[14] == "person"
     assert f"{beside} has 3 class names, {tmp_path / 'voc.pth'} has 20 classes: not used" in capsys.readouterr().out
