@@ -83,7 +83,7 @@ def load(path_or_state_dict: str | Path | dict, source: str | None = None) -> nn
     _, state, label = open_weights(path_or_state_dict, source)
     modules = {name: module for module in FAMILY_OF.values() for name in module.FAMILIES}
     families = {name: module.FAMILIES[name] for name, module in modules.items()}
-    if not fits(state, families) and fits(backbones.bare_names(state), backbones.FAMILIES):
+    if not fits(state, families) and backbones.is_classifier(state):
         return backbones.from_state(state, label).eval()
     family = family_of(state, families, label)
     return modules[family].from_state(family, state, label).eval()

@@ -14,6 +14,7 @@ from models.pretrained.state_dicts import (
     State,
     family_of,
     fetch,
+    fits,
     load_strictly,
     load_with_classes,
     open_weights,
@@ -90,18 +91,25 @@ def fine_tune(net: nn.Module, path_or_state_dict: str | Path | dict, strict: boo
     return load_with_classes(net, NetworkWeights(net.name, state, count, classes, {}, label), head)
 
 
+def is_classifier(state: Mapping) -> bool:
+    """Whether the last layer of a classifier is in `state`, not only its backbone."""
+    return any(last_bias(name) in state for name in fits(bare_names(state), FAMILIES)[:1])
+
+
+def last_bias(name: str) -> str:
+    """The bias of a classifier's last layer."""
+    with torch.device("meta"):
+        return list(classifiers.NETWORKS[name](1).state_dict())[-1]
+
+
 def from_state(state: State, label: str) -> nn.Module:
     """The classifier with the weights in `state`, as torchvision's or our files have them.
 
     `classes` are ImageNet's names where there are 1000, else None; `image_size` is (224, 224). Raises WeightsError.
     """
     name = family_of(bare_names(state), FAMILIES, label)
-    with torch.device("meta"):
-        last_bias = list(classifiers.NETWORKS[name](1).state_dict())[-1]
-    if last_bias not in state:
-        raise WeightsError(f"{label}: contains the backbone {name} without its last layer, as training scripts need it")
     width = {"width_mult": len(state["features.17.conv.2.weight"]) / 320} if name == "mobilenet_v2" else {}
-    net = classifiers.NETWORKS[name](len(state[last_bias]), **width)
+    net = classifiers.NETWORKS[name](len(state[last_bias(name)]), **width)
     load_strictly(net, state, label)
     net.classes, net.image_size = list(IMAGENET) if net.num_classes == len(IMAGENET) else None, (224, 224)
     return net
