@@ -45,11 +45,12 @@ from ops.boxes import clip, decode
 from ops.images import normalize
 from synthetic.shapes import drawing
 from training import cli
-from utils import files
+from utils import files, torch_files
 from utils.errors import DataError, UsageError, WeightsError
 
 # Arguments of networks that a bare state dict does not store.
-NOT_STORED = ("anchors", "anchor_scale", "box_sizes", "radar", "threshold", "max_distance")
+NOT_STORED = ("anchors", "anchor_scale", "box_sizes", "priors", "radar", "threshold", "max_distance")
+MAX_NAMED = 5  # classes in a message
 MAX_IMAGES = 8  # of --check-images
 SIZES = ((1, 1), (0.61, 1), (1, 0.47), (0.53, 0.72))  # (h, w) of images in a padded input, to be checked, as fractions
 CALIB = ((1266.4, 0.0, 816.3, 0.0), (0.0, 1266.4, 491.5, 0.0), (0.0, 0.0, 1.0, 0.0))  # a camera of nuScenes
@@ -58,7 +59,8 @@ CALIB = ((1266.4, 0.0, 816.3, 0.0), (0.0, 1266.4, 491.5, 0.0), (0.0, 0.0, 1.0, 0
 def parse_args(argv):
     parser = cli.ArgumentParser("export.py", __doc__)
     arg = parser.add_argument
-    arg("checkpoint", help="best.pt or last.pt of a run (averaged weights if it has any), or a published file")
+    checkpoint = "a run folder (its best.pt, else last.pt), a checkpoint, or a published file; averaged weights if any"
+    arg("checkpoint", help=checkpoint)
     out = "ONNX file; default: the checkpoint's name with .onnx, unless --state-dict is given"
     arg("--out", default="", metavar="FILE", help=out)
     names = "write a bare state dict with the names of dusty-nv's, torchvision's or yhenon's files"
@@ -68,8 +70,6 @@ def parse_args(argv):
     arg("--layout", choices=onnx.LAYOUTS, default="sightline", help=layout)
     arg("--batch", type=cli.positive, default=1, help="batch size of the input, fixed")
     arg("--dynamic-batch", action="store_true", help="any batch size")
-    size = "size of the input in pixels; default: that of the checkpoint, of a RetinaNet its --min-side and --max-side"
-    arg("--size", type=cli.positive, nargs=2, metavar=("H", "W"), help=size)
     arg("--nms", action="store_true", help="put NMS into the graph: its outputs are boxes, labels, scores")
     arg("--threshold", type=cli.probability, help="minimum score with --nms (default: 0.01, RetinaNet 0.05)")
     arg("--opset", type=cli.number(int, 17), help="ONNX opset version; default: 18, or 19 where the network needs it")
@@ -77,6 +77,9 @@ def parse_args(argv):
     arg("--tolerance", type=cli.non_negative, default=3e-4, help=tolerance)
     images = f"images for the check: the first {MAX_IMAGES} in this folder; default: generated images"
     arg("--check-images", default="", metavar="FOLDER", help=images)
+    size = "size of the ONNX file's input in pixels: height and width, or one number for both; default: that of the "
+    size += "checkpoint or of the published weights, for a RetinaNet its --min-side and --max-side"
+    cli.add_weights_arguments(parser, size)
     args = parser.parse(argv)
     if args.dynamic_batch and args.batch != 1:
         parser.error("--batch and --dynamic-batch: give one of them")
@@ -283,11 +286,24 @@ def metadata(net, graph, size):
     }
 
 
+def jetson_labels(net, file):
+    """The lines of jetson-inference's labels.txt. UsageError if `file` has others, as they may be another network's."""
+    names = ["BACKGROUND"] * isinstance(net, SSD) + class_names(net)
+    if file.exists() and [line.strip() for line in files.read_lines(file) if line.strip()] != names:
+        expected = ", ".join(names[:MAX_NAMED]) + ", ..." * (len(names) > MAX_NAMED)
+        raise UsageError(
+            f"{file}: would be overwritten with other names ({expected}); move it, write --out into another folder, or "
+            "name the classes with --labels"
+        )
+    return "".join(f"{name}\n" for name in names)
+
+
 def write_onnx(net, path, args):
     """Check and write the ONNX file of `net`; returns the maximum difference of each output."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if not importlib.util.find_spec(package):
             raise UsageError(f"{package} is not installed: pip install -r requirements-export.txt")
+    labels = jetson_labels(net, path.with_name("labels.txt")) if args.layout == "jetson" else ""
     size = input_size(net, args.size)
     graph = onnx.graph(net, size, args.layout, args.nms, args.threshold)
     batches = make_batches(check_images(args.check_images, size), None if args.dynamic_batch else args.batch)
@@ -299,9 +315,8 @@ def write_onnx(net, path, args):
     print(f"maximum difference between onnxruntime and this program on {sum(map(len, batches))} images: {line}")
     if not all(is_close(name, *pair, args.tolerance) for name, pair in largest.items()):
         raise UsageError(f"{path}: not written: the difference is above --tolerance {args.tolerance:g}")
-    if args.layout == "jetson":
-        names = ["BACKGROUND"] * isinstance(net, SSD) + class_names(net)
-        write(path.with_name("labels.txt"), "".join(f"{name}\n" for name in names).encode())
+    if labels:
+        write(path.with_name("labels.txt"), labels.encode())
     write(path, content)
     batch = "any batch size" if args.dynamic_batch else f"batch size {args.batch}"
     print(f"{path}: {net.name}, {size[0]} x {size[1]} pixels, {batch}, {len(content) / 1e6:.1f} MB, opset {opset}")
@@ -317,8 +332,11 @@ def read_back(net, state, path):
         pretrained_backbones.fine_tune(restored, state)
         return restored
     restored = pretrained.load(state, path)
+    taken = restored.arguments
+    if "priors" in taken:  # jetson-inference's programs take their own where they differ
+        taken["priors"] = net.arguments["priors"] if tuple(net.image_size) == (300, 300) else "jetson"
     for name in NOT_STORED:
-        ours, theirs = net.arguments.get(name), restored.arguments.get(name)
+        ours, theirs = net.arguments.get(name), taken.get(name)
         if ours != theirs:
             raise WeightsError(
                 f"{path}: bare weights cannot store {name} {ours}: programs that read them take {theirs}; use --out"
@@ -339,6 +357,8 @@ def write_state_dict(net, path):
     write(path, buffer.getvalue())
     print(f"{path}: bare weights of {net.name}, {len(buffer.getvalue()) / 1e6:.1f} MB, checked by reading them back")
     print("  such a file stores neither class names nor the image size")
+    if net.arguments.get("priors") == "jetson":
+        print(f"  nor its priors: give it --size {' '.join(map(str, net.image_size))} --priors jetson here")
     return {"weights": difference}
 
 
@@ -352,7 +372,8 @@ def write(path, content):
 
 def main(argv=None):
     args = parse_args(argv)
-    net = models.load(args.checkpoint)
+    args.checkpoint = torch_files.find_checkpoint(args.checkpoint)
+    net = models.load(args.checkpoint, args.labels, args.size, args.priors)
     largest = write_state_dict(net, Path(args.state_dict)) if args.state_dict else {}
     if args.out or not args.state_dict:
         largest |= write_onnx(net, Path(args.out or Path(args.checkpoint).with_suffix(".onnx")), args)

@@ -52,7 +52,8 @@ MAX_NAMED = 20  # classes that an error message lists
 def parse_args(argv):
     parser = cli.ArgumentParser("predict.py", __doc__, USAGE)
     arg = parser.add_argument
-    arg("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run, or a published detector's file")
+    checkpoint = "a run folder (its best.pt, else last.pt), a checkpoint, or a published file"
+    arg("checkpoint", metavar="CHECKPOINT", help=checkpoint)
     inputs = "images, videos, folders, quoted patterns; for CenterFusion the nuScenes folder"
     arg("inputs", nargs="+", metavar="INPUT", help=inputs)
     arg("--out", default="predictions", metavar="DIR", help="output folder")
@@ -62,6 +63,9 @@ def parse_args(argv):
     arg("--every", type=cli.positive, default=1, metavar="N", help="use every Nth frame of a video")
     arg("--batch-size", type=cli.positive, default=8, metavar="N", help="images per batch")
     cli.add_device_arguments(arg)
+    size = "input size in pixels: height and width, or one number for both; of a RetinaNet or Mask R-CNN the shortest "
+    size += "side and the maximum of the longest; default: that of the checkpoint or of the published weights"
+    cli.add_weights_arguments(parser, size)
     arg = parser.add_argument_group("nuScenes, for CenterFusion").add_argument
     version = "folder of the tables (default: the first that exists of v1.0-mini, v1.0-trainval, v1.0-test)"
     arg("--version", default="", help=version)
@@ -251,9 +255,13 @@ def predict_nuscenes(net, names, args, run, threshold, labels):
 def main(argv=None):
     args = parse_args(argv)
     run = distributed.init_device(args.device, "", args.precision)
-    net = models.load(args.checkpoint).to(run.device, memory_format=torch.channels_last)
+    args.checkpoint = torch_files.find_checkpoint(args.checkpoint)
+    net = models.load(args.checkpoint, args.labels, args.size, args.priors)
+    net.to(run.device, memory_format=torch.channels_last)
     names = net.classes or [f"class {label}" for label in range(net.num_classes)]
     task, labels = task_of(net), select_labels(args.classes, names)
+    if task == "classes" and args.size and args.size[0] != args.size[1]:
+        raise UsageError(f"--size {args.size[0]} {args.size[1]}: a classifier's input is a square; give one number")
     threshold = THRESHOLDS[task] if args.threshold is None else args.threshold
     print(f"{models.summary(net)}, {len(names)} classes, {distributed.describe(run)}")
     if task == "fusion":

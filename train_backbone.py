@@ -128,7 +128,7 @@ def main(argv=None):
     net = models.build(args.arch, len(train_set.classes), **arguments)
     net.classes, size = train_set.classes, (args.resolution, args.resolution)
     if not run_folder.checkpoint:
-        pretrained.init_weights(net, args.weights, "none", run.is_main, args.eval_only, run.print)
+        pretrained.init_weights(net, **cli.start_options(args), download=run.is_main, print=run.print)
     net.to(run.device, memory_format=torch.channels_last)
     train_set.transform = transforms.classification_train(args.resolution, args.crop_scale, args.jitter, args.erase)
     val_set.transform = transforms.classification_eval(args.val_resize or val_size, val_size)

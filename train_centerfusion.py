@@ -142,7 +142,7 @@ def main(argv=None):
     net = models.build(args.arch, len(train_set.classes), radar=args.pointcloud, **limits)
     net.classes, size = train_set.classes, tuple(args.input_size)
     if not run_folder.checkpoint:
-        pretrained.init_weights(net, args.weights, args.backbone_weights, run.is_main, args.eval_only, run.print)
+        pretrained.init_weights(net, **cli.start_options(args), download=run.is_main, print=run.print)
     net.to(run.device, memory_format=torch.channels_last)
     train_set.transform = transforms.centerfusion_train(size, args.flip, args.shift, args.scale, args.color_jitter)
     val_set.transform = transforms.centerfusion_eval(size)

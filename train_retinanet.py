@@ -127,7 +127,7 @@ def main(argv=None):
     net = models.build(args.arch, len(train_set.classes), anchors=args.anchors, anchor_scale=args.anchor_scale)
     net.classes, size = train_set.classes, (max(args.min_side), args.max_side)
     if not run_folder.checkpoint:
-        pretrained.init_weights(net, args.weights, args.backbone_weights, run.is_main, args.eval_only, run.print)
+        pretrained.init_weights(net, **cli.start_options(args), download=run.is_main, print=run.print)
     net.to(run.device, memory_format=torch.channels_last)
     train_set.transform = transforms.multiscale_train(args.min_side, args.max_side, args.flip, args.color_jitter)
     val_set.transform = transforms.multiscale_eval(args.min_side[-1], args.max_side)

@@ -59,6 +59,9 @@ def parse_args(argv):
     arg("--width-mult", "--mb2-width-mult", type=cli.non_negative, default=1.0, help="mb2-ssd-lite: width multiplier")
     sizes = "minimum size of the priors of each of the six maps, in pixels at 300 x 300, and the maximum of the last"
     arg("--box-sizes", type=cli.non_negative, nargs=7, metavar="PIXELS", help=sizes)
+    priors = "mb1-ssd: priors at other resolutions than 300, as in jetson-inference or those of 300 in proportion; "
+    priors += "default: jetson (scaled with --box-sizes); a resumed run keeps its own"
+    arg("--priors", choices=ssd.PRIORS, help=priors)
     arg("--match-iou", type=cli.probability, default=0.5, help="minimum IoU of a positive prior")
     start = "weights to start from: a file of an SSD or of its backbone; auto: the published ones, downloaded"
     arg("--weights", "--pretrained-ssd", default="auto", metavar="auto|none|FILE", help=start)
@@ -140,10 +143,11 @@ def main(argv=None):
     arguments = {"width_mult": args.width_mult} if args.arch == "mb2-ssd-lite" else {}
     if args.box_sizes:
         arguments["box_sizes"] = list(zip(args.box_sizes, args.box_sizes[1:]))
+    arguments |= ssd.choose_priors(args.arch, args.priors, args.resolution, args.box_sizes, run_folder.checkpoint)
     net = models.build(args.arch, len(train_set.classes), **arguments)
     net.classes, size = train_set.classes, (args.resolution, args.resolution)
     if not run_folder.checkpoint:
-        pretrained.init_weights(net, args.weights, args.backbone_weights, run.is_main, args.eval_only, run.print)
+        pretrained.init_weights(net, **cli.start_options(args), download=run.is_main, print=run.print)
     net.to(run.device, memory_format=torch.channels_last)
     train_set.transform = transforms.ssd_train(
         size, net.image_mean, args.zoom_out, args.max_zoom_out, args.iou_crop, args.color_jitter

@@ -10,19 +10,7 @@ import torch
 
 from data.files import read_lines
 from utils.errors import DataError
-
-
-def read_labels(path: str | Path) -> list[str]:
-    """The class names in a labels.txt, one per line, without blank lines and BACKGROUND. Raises DataError, also for a
-    repeated name."""
-    names = [line.strip() for line in read_lines(path)]
-    names = [name for name in names if name and name.upper() != "BACKGROUND"]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise DataError(path, "", f"repeated: {', '.join(repeated)}; keep one line per class")
-    if not names:
-        raise DataError(path, "", "contains no class name; write one name per line")
-    return names
+from utils.labels import read_labels
 
 
 def read_numbered(path: str | Path) -> list[str]:

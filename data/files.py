@@ -1,25 +1,15 @@
 """Reading annotation files, and finding image files that are missing."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import DataError
+from utils.files import read_lines as read_lines
 
 MAX_NAMED = 3  # missing files named in a message
-
-
-def read_lines(path: str | Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file, without its byte order mark. Raises DataError."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except UnicodeDecodeError:
-        raise DataError(path, "", "not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise DataError(path, "", f"cannot be read: {error.strerror}") from None
 
 
 def is_true(text: str | None) -> bool:

@@ -5,11 +5,13 @@ again, and `image_mean` and `image_std`, three numbers each on the 0..255 scale,
 """
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
 from models import backbones, centerfusion, maskrcnn, pretrained, retinanet, ssd
+from models.pretrained import metadata
 from utils import torch_files
 from utils.errors import WeightsError
 
@@ -22,7 +24,8 @@ def build(name: str, num_classes: int, **arguments) -> nn.Module:
     """A network with random weights for `num_classes` classes, background not counted.
 
     arguments by network; raises WeightsError on an unknown name or argument:
-    SSD           box_sizes, a (min, max) in pixels at 300 x 300 for each map (None: as published)
+    SSD           box_sizes, a (min, max) in pixels at 300 x 300 for each map (None: as published); mb1-ssd: priors,
+                  "scaled" or "jetson", their sizes at other resolutions
     MobileNet v2  width_mult, also of the SSD on it
     RetinaNet     see `retinanet.RetinaNet`
     CenterFusion  radar, threshold, max_distance, see `centerfusion.CenterFusion`
@@ -51,15 +54,25 @@ def summary(net: nn.Module) -> str:
     return f"{net.name}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters"
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path, labels: str | Path = "", size: Sequence[int] | None = None, priors: str = "") -> nn.Module:
     """The network in a checkpoint of ours or a published file, in evaluation mode, on the CPU.
 
+    labels   file of class names, one per line, instead of those in the file or in a labels.txt beside bare weights
+    size     (h, w) of the input, or shortest side and maximum of the longest, instead of those in the file
+    priors   "scaled" or "jetson", see `build`: of bare mb1-ssd weights, needed where `size` is not 300 x 300
+
     Averaged weights are used if there are any. The network gets `classes` (names in label order, None if unknown), and
-    either `image_size` (height, width) or, with None as `image_size`, `min_side` and `max_side`. Raises WeightsError.
+    either `image_size` (height, width) or, with None as `image_size`, `min_side` and `max_side`. Raises WeightsError,
+    and DataError for a labels file.
     """
     saved = torch_files.read(path)
-    if "architecture" not in saved:
-        return pretrained.load(saved, source=path)
+    bare = "architecture" not in saved
+    net = pretrained.load(saved, source=path) if bare else _from_checkpoint(saved, path)
+    metadata.apply(net, path, bare, labels, size, priors)
+    return net
+
+
+def _from_checkpoint(saved, path):
     missing = [key for key in ("format_version", "arguments", "num_classes", "classes", "model") if key not in saved]
     if missing:
         raise WeightsError(f"{path}: not a complete checkpoint: {', '.join(missing)} missing; use another copy")

@@ -19,6 +19,10 @@ from utils.errors import WeightsError
 # (min, max) side of the squares of each map, in pixels of a 300 x 300 image.
 MOBILE_SIZES = ((60, 105), (105, 150), (150, 195), (195, 240), (240, 285), (285, 330))
 VGG_SIZES = ((30, 60), (60, 111), (111, 162), (162, 213), (213, 264), (264, 315))
+# At another size, "scaled" priors keep the sizes of 300 x 300 in proportion. "jetson" ones have the sizes that
+# jetson-inference's trainer takes then (mb1-ssd): the paper's shares of the image, 0.1 to 1.05, which are VGG's at 300.
+PRIORS = ("scaled", "jetson")
+JETSON_SIZES = VGG_SIZES
 # Published distance between the cells of each map in pixels; None: the image divided by the number of cells.
 MOBILE_STRIDES = (16, 32, 64, None, None, None)
 VGG_STRIDES = (8, 16, 32, 64, None, None)
@@ -34,6 +38,7 @@ class SSD(nn.Module):
     channels        of each map
     head            head(inputs, outputs) makes a head of the first five maps, last_head one of the sixth
     sizes, strides, ratios   of the priors of each map, see the tables above
+    priors          one of PRIORS: the sizes and strides of images other than 300 x 300
     add_on          a layer between the first map and its heads
     expanded_layer  index of the layer whose expanded map is the first map (see `InvertedResidual`)
     """
@@ -53,12 +58,14 @@ class SSD(nn.Module):
         sizes,
         strides=MOBILE_STRIDES,
         ratios=MOBILE_RATIOS,
+        priors="scaled",
         add_on=None,
         expanded_layer=None,
     ):
         super().__init__()
         self.num_classes = num_classes
         self.sizes, self.strides, self.ratios = check_sizes(sizes, len(channels)), strides, ratios
+        self.prior_layout = priors
         self.source_layers, self.expanded_layer = source_layers, expanded_layer
         self.base_net = base_net
         self.extras = nn.ModuleList(extras)
@@ -135,13 +142,17 @@ class SSD(nn.Module):
         """Priors for images of (height, width): float32 [P,4], relative cx, cy, w, h in [0,1], on the CPU.
 
         At 300 x 300 they are the published ones. Sizes grow with the square root of the image's area, and squares are
-        squares in pixels also where the image is not square.
+        squares in pixels also where the image is not square. Two layouts differ at other sizes, see PRIORS.
         """
+        jetson = self.prior_layout == "jetson" and tuple(image_size) != (300, 300)
+        box_sizes, maps = JETSON_SIZES if jetson else self.sizes, []
         side = torch.tensor(image_size[::-1], dtype=torch.float64)  # width, height
         scale = side.prod().sqrt() / 300
-        maps = []
-        for size, stride, (low, high), ratios in zip(self.map_sizes(image_size), self.strides, self.sizes, self.ratios):
-            centers = grid_centers(size, image_size, stride)  # [hw,2] relative
+        for size, stride, (low, high), ratios in zip(self.map_sizes(image_size), self.strides, box_sizes, self.ratios):
+            strides = [stride or pixels / cells for cells, pixels in zip(size, image_size)]
+            if jetson:
+                strides = [math.ceil(pixels / cells) for cells, pixels in zip(size, image_size)]
+            centers = grid_centers(size, image_size, strides)  # [hw,2] relative
             shapes = box_shapes(low, high, ratios) * scale / side  # [S,2] relative
             cells, kinds = len(centers), len(shapes)
             maps.append(torch.cat([centers.repeat_interleave(kinds, 0), shapes.repeat(cells, 1)], 1))  # [hwS,4]
@@ -191,12 +202,11 @@ def check_sizes(sizes, maps):
     return pairs
 
 
-def grid_centers(map_size, image_size, stride):
-    """Relative centers [hw,2] (x, y) of the cells of a map, row by row, `stride` pixels apart (None: evenly spaced)."""
+def grid_centers(map_size, image_size, strides):
+    """Relative centers [hw,2] (x, y) of the cells of a map, row by row; strides: pixels between them, (y, x)."""
     axes = []
-    for cells, pixels in zip(map_size, image_size):
-        step = stride / pixels if stride else 1 / cells
-        axes.append((torch.arange(cells, dtype=torch.float64) + 0.5) * step)
+    for cells, pixels, stride in zip(map_size, image_size, strides):
+        axes.append((torch.arange(cells, dtype=torch.float64) + 0.5) * (stride / pixels))
     y, x = torch.meshgrid(*axes, indexing="ij")
     return torch.stack([x, y], -1).reshape(-1, 2)
 
@@ -235,7 +245,26 @@ def with_attributes(net, name, mean=(127, 127, 127), std=(128, 128, 128), **argu
     return net
 
 
-def mb1_ssd(num_classes, box_sizes=None):
+def choose_priors(name, wanted, resolution, box_sizes, saved):
+    """The argument `priors` of a training run's network, as a dict that is empty for all networks but mb1-ssd.
+
+    It is `wanted`, else "scaled" with --box-sizes, else that of the checkpoint `saved`, else jetson-inference's. At 300
+    both are the same, and "scaled" keeps the sizes if the network is used at another size. Raises WeightsError.
+    """
+    if name != "mb1-ssd" and wanted:
+        raise WeightsError(f"--priors {wanted}: {name} has no other priors; leave it out, or give --arch mb1-ssd")
+    if name != "mb1-ssd":
+        return {}
+    if saved and not (wanted or box_sizes):
+        wanted = saved.get("arguments", {}).get("priors", "scaled")  # the first checkpoints do not have it
+    return {"priors": wanted or ("scaled" if box_sizes or resolution == 300 else "jetson")}
+
+
+def mb1_ssd(num_classes, box_sizes=None, priors="scaled"):
+    if priors not in PRIORS:
+        raise WeightsError(f"unknown priors {priors!r}; known are {', '.join(PRIORS)}")
+    if priors == "jetson" and check_sizes(box_sizes or MOBILE_SIZES, 6) != list(MOBILE_SIZES):
+        raise WeightsError("jetson-inference's priors have their own box sizes: give --priors scaled with --box-sizes")
     net = SSD(
         num_classes,
         mobilenet_v1_features(),
@@ -250,8 +279,9 @@ def mb1_ssd(num_classes, box_sizes=None):
         head=layers.Conv3x3,
         last_head=layers.Conv3x3,
         sizes=box_sizes or MOBILE_SIZES,
+        priors=priors,
     )
-    return with_attributes(net, "mb1-ssd")
+    return with_attributes(net, "mb1-ssd", priors=priors)
 
 
 def mb1_ssd_lite(num_classes, box_sizes=None):

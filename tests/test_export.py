@@ -90,14 +90,20 @@ def test_nms_in_the_graph(name, arguments, tmp_path):
 
 
 def test_jetson_layout(tmp_path, capsys):
-    net, given = saved(tmp_path, "mb1-ssd-lite", (160, 160))
-    out = tmp_path / "new" / "ssd.onnx"
+    net, given = saved(tmp_path, "mb1-ssd", (160, 160), priors="jetson")
+    out, labels = tmp_path / "new" / "ssd.onnx", tmp_path / "new" / "labels.txt"
+    labels.parent.mkdir()
+    labels.write_text("BACKGROUND\nclass 0\nclass 2\nclass 1\n")
+    line = rf"{labels}: would be overwritten with other names \(BACKGROUND, class 0, class 1, class 2\)"
+    with pytest.raises(UsageError, match=line):
+        export.main([given, "--out", str(out), "--layout", "jetson"])
+    labels.write_text("BACKGROUND\nclass 0\n\nclass 1\r\nclass 2")  # the same names
     largest = export.main([given, "--out", str(out), "--layout", "jetson"])
     assert max(largest.values()) < 1e-3
     graph, priors = onnx.load(out).graph, len(net.anchors((160, 160)))
     assert shapes_of(graph.input) == {"input_0": [1, 3, 160, 160]}
     assert shapes_of(graph.output) == {"scores": [1, priors, 4], "boxes": [1, priors, 4]}
-    assert (tmp_path / "new" / "labels.txt").read_text() == "BACKGROUND\nclass 0\nclass 1\nclass 2\n"
+    assert labels.read_text() == "BACKGROUND\nclass 0\nclass 1\nclass 2\n"
     images = export_helpers.generated_images((160, 160), 1)
     outputs = export_helpers.run_onnx(out, images, normalize_for=net)
     torch.testing.assert_close(outputs["scores"].sum(-1), torch.ones(1, priors))
@@ -157,8 +163,10 @@ def test_averaged_weights_are_exported(tmp_path, capsys):
     averaged = {name: value + 1 for name, value in net.state_dict().items()}
     ema = {"model": averaged, "updates": 3}
     given = export_helpers.save_checkpoint(net, tmp_path / "best.pt", (300, 300), ema=ema)
-    export.main([given, "--state-dict", str(tmp_path / "bare.pth")])
-    assert "averaged weights" in capsys.readouterr().out
+    assert given == str(tmp_path / "best.pt")
+    export.main([str(tmp_path), "--state-dict", str(tmp_path / "bare.pth")])
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}: using best.pt" in printed and "averaged weights" in printed
     torch.testing.assert_close(torch.load(tmp_path / "bare.pth"), averaged, rtol=0, atol=0)
 
 
@@ -172,6 +180,22 @@ def test_bare_weights_of_a_retinanet_have_published_names(anchors, tmp_path):
     loaded = pretrained.load(tmp_path / "bare.pth")
     assert (loaded.box_weights, loaded.num_classes) == (net.box_weights, 3)
     torch.testing.assert_close(dict(loaded.state_dict()), dict(net.state_dict()), rtol=0, atol=0)
+
+
+def test_bare_weights_and_priors(tmp_path, capsys):
+    """jetson-inference's programs take their own priors at other sizes than 300."""
+    net, bare = models.build("mb1-ssd", 2, priors="jetson"), tmp_path / "bare.pth"
+    given = export_helpers.save_checkpoint(net, tmp_path / "best.pt", (512, 512))
+    export.main([given, "--state-dict", str(bare)])
+    assert "nor its priors: give it --size 512 512 --priors jetson here" in capsys.readouterr().out
+    for size, written in (((300, 300), True), ((512, 512), False)):
+        bare.unlink()
+        given = export_helpers.save_checkpoint(models.build("mb1-ssd", 2), tmp_path / "best.pt", size)
+        if written:
+            export.main([given, "--state-dict", str(bare)])
+            continue
+        with pytest.raises(WeightsError, match=r"cannot store priors scaled: programs that read them take jetson"):
+            export.main([given, "--state-dict", str(bare)])
 
 
 def test_torchvision_loads_our_retinanet():

@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 import models
 import predict
 from data.nuscenes import NuScenesDataset
+from models import pretrained
 from tests.script_helpers import Script, launch
 from training import checkpoint
 from utils.errors import DataError, UsageError, WeightsError
@@ -79,6 +80,20 @@ def test_checkpoint_and_images_are_enough(ssd, images, tmp_path, monkeypatch):
     assert len(list((tmp_path / "predictions").glob("*.jpg"))) == 3
 
 
+def test_bare_weights_with_their_labels_size_and_priors(ssd, images, tmp_path, capsys):
+    """They give what the run folder gives, whose best.pt they come from."""
+    words = [*sorted(images.iterdir())[:4], "--out", tmp_path / "out", "--threshold", 0.05]
+    bare, labels = tmp_path / "bare.pth", (ssd.parent / "labels.txt").read_text()
+    torch.save(pretrained.trained_weights(torch.load(ssd)), bare)
+    (tmp_path / "labels.txt").write_text(labels)
+    expected = run(ssd.parent, *words)
+    assert f"{ssd.parent}: using best.pt" in capsys.readouterr().out
+    assert run(bare, *words, "--size", 96, "--priors", "jetson") == expected
+    assert run(bare, *words, "--size", 96, "--priors", "scaled") != expected
+    with pytest.raises(WeightsError, match=r"bare.pth: bare weights do not store their priors, so --size 96 96 needs"):
+        run(bare, *words, "--size", 96)
+
+
 def test_only_the_given_classes_are_predicted(ssd, images, tmp_path):
     paths = sorted(images.iterdir())[:6]
     every_class = run(ssd, *paths, "--out", tmp_path, "--threshold", 0.05)
@@ -130,6 +145,8 @@ def test_a_classifier_predicts_five_classes(drawn, tmp_path):
             assert len(scores) == 5 and scores == sorted(scores, reverse=True) and 0.99 < sum(scores) < 1.01
             assert all(classes[answer["label"]] == answer["name"] for answer in row["answers"])
     assert not (out / "detections.json").exists()
+    with pytest.raises(UsageError, match="--size 32 64: a classifier's input is a square; give one number"):
+        run(tmp_path / "run", data / "val", "--size", 32, 64)
 
 
 def test_masks_are_run_lengths_of_the_size_of_the_file(tmp_path):

@@ -58,6 +58,20 @@ def test_other_prior_sizes_than_the_checkpoint_are_refused(script, tmp_path):
         script.main(tmp_path, "--resume", "auto", "--eval-only", "--box-sizes", *range(20, 160, 20))
 
 
+def test_priors_of_the_run_are_kept(script, tmp_path):
+    """At other sizes than 300 jetson-inference's; those of an older checkpoint, without the argument, are scaled."""
+    script.main(tmp_path, "--max-steps", 1)
+    saved = last(tmp_path)
+    assert saved["arguments"]["priors"] == "jetson"
+    with pytest.raises(UsageError, match=r"priors jetson, .* scaled; give --priors as in that run"):
+        script.main(tmp_path, "--resume", "auto", "--eval-only", "--priors", "scaled")
+    del saved["arguments"]["priors"], saved["file"]
+    torch.save(saved, tmp_path / "last.pt")
+    script.main(tmp_path, "--resume", "auto", "--max-steps", 2)
+    assert last(tmp_path)["arguments"]["priors"] == "scaled"
+    assert torch.equal(models.load(tmp_path / "last.pt").priors((96, 96)), models.build("mb1-ssd", 1).priors((96, 96)))
+
+
 def test_reordered_classes_are_refused_or_remapped(script, tmp_path):
     data = copy_writable(script.data, tmp_path / "data")
     script.main(tmp_path / "run", "--max-steps", 1)

@@ -29,6 +29,7 @@ FLAG_OF_PART = {"scaler": "--precision", "ema": "--ema", "plateau": "--scheduler
 # flags that set an argument of a network, where their names differ
 FLAG_OF_ARGUMENT = {"radar": "--pointcloud", "threshold": "--frustum", "max_distance": "--max-pc-dist"}
 FLAG_OF_ARGUMENT |= {"depth": "--arch"}
+FORMER_ARGUMENTS = {"priors": "scaled"}  # what checkpoints mean that are older than these arguments
 FREE_ARGUMENTS = {"proposals"}  # may differ from the checkpoint's: the weights mean the same
 # sizes of the images in evaluation, see models.describe, and the flags that set them
 FLAG_OF_SIZE = {"image_size": "--resolution (CenterFusion: --input-size)"}
@@ -191,6 +192,7 @@ def _plain(place, value):
 def _check_arguments(file, saved, own):
     """UsageError if the network was built with other arguments than the saved one. The weights might fit all the same
     but mean something else."""
+    saved = FORMER_ARGUMENTS | saved
     for name in sorted((saved.keys() & own.keys()) - FREE_ARGUMENTS):
         if saved[name] != own[name]:
             raise UsageError(

@@ -318,6 +318,25 @@ def add_device_arguments(arg: Callable) -> None:
     arg("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precision)
 
 
+def add_weights_arguments(parser: ArgumentParser, size: str) -> None:
+    """Declare --labels, --size and --priors, which say what bare weights do not store; size: help of --size."""
+    arg = parser.add_argument_group("published files and bare weights").add_argument
+    names = "class names, one per line; default: those in the checkpoint, or in a labels.txt beside bare weights"
+    arg("--labels", default="", metavar="FILE", help=names)
+    arg("--size", type=positive, nargs="+", action=SizeAction, metavar=("H", "W"), help=size)
+    priors = "priors of bare mb1-ssd weights at other sizes than 300: jetson-inference's, or those of 300 in proportion"
+    arg("--priors", choices=("scaled", "jetson"), default="", help=priors)
+
+
+class SizeAction(argparse.Action):
+    """For a flag of one or two numbers: [height, width], equal if one is given."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            parser.error(f"{option_string} {' '.join(map(str, values))}: give one number, or two")
+        setattr(namespace, self.dest, (values * 2)[:2])
+
+
 def add_data_arguments(parser: ArgumentParser) -> None:
     """Declare the flags about errors in the data and about rare classes that every training script has."""
     arg = parser.add_argument_group("errors in the data, rare classes").add_argument
@@ -381,6 +400,12 @@ def score_options(args: argparse.Namespace, image_path: Callable[[int], str]) ->
     if args.dataset == "voc":
         options |= {"image_path": image_path, "offset": args.voc_offset}
     return options
+
+
+def start_options(args: argparse.Namespace) -> dict:
+    """The options of models.pretrained.init_weights: which weights a run starts from."""
+    weights = {"weights": args.weights, "backbone_weights": getattr(args, "backbone_weights", "none")}
+    return {**weights, "strict": args.eval_only, "freeze_bn": args.freeze_bn}
 
 
 def layout_options(args: argparse.Namespace) -> dict:

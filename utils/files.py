@@ -1,13 +1,26 @@
-"""Atomic file writing: under a temporary name, flushed to disk, then renamed."""
+"""Reading text, and atomic file writing: under a temporary name, flushed to disk, then renamed."""
 
 import csv
 import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from utils.errors import DataError
+
+
+def read_lines(path: str | Path) -> Iterator[str]:
+    """The lines of a UTF-8 text file, without its byte order mark. Raises DataError."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except UnicodeDecodeError:
+        raise DataError(path, "", "not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(path, "", f"cannot be read: {error.strerror}") from None
 
 
 def write(path: Path, write_to: Callable[[BinaryIO], object]) -> None:

@@ -56,6 +56,18 @@ def peek(path: str | Path) -> dict:
     return contents if isinstance(contents, dict) else {}
 
 
+def find_checkpoint(path: str | Path) -> Path:
+    """The file at `path`, or in the run folder at `path` best.pt, else last.pt, which is printed. WeightsError."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("best.pt", "last.pt"):
+        if (path / name).is_file():
+            print(f"{path}: using {name}")
+            return path / name
+    raise WeightsError(f"{path}: neither best.pt nor last.pt is in this folder; {checkpoints_nearby(path)}")
+
+
 def mismatches(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> list[str]:
     """Why `state` does not load strictly into a network with the state dict `own`: one text per tensor."""
     texts = [f"{name} is missing" for name in own if name not in state]

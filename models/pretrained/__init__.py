@@ -19,7 +19,14 @@ from torch import nn
 from models.centerfusion import CenterFusion
 from models.maskrcnn import MaskRCNN
 from models.pretrained import backbones, centerfusion, maskrcnn, retinanet, ssd
-from models.pretrained.state_dicts import family_of, load_matching, load_strictly, open_weights, trained_weights
+from models.pretrained.state_dicts import (
+    family_of,
+    fits,
+    load_matching,
+    load_strictly,
+    open_weights,
+    trained_weights,
+)
 from models.retinanet import RetinaNet
 from models.ssd import SSD
 from utils.errors import WeightsError
@@ -28,7 +35,7 @@ __all__ = ["init_weights", "load", "load_matching", "load_strictly", "trained_we
 
 FAMILY_OF = {SSD: ssd, RetinaNet: retinanet, CenterFusion: centerfusion, MaskRCNN: maskrcnn}  # else backbones
 DOWNLOADS = ("auto", "coco", "imagenet")
-NORM_HINT = "a frozen batch norm has to be trained then: --no-freeze-bn"
+NORM_HINT = "; frozen batch norm would keep its initial values: give --no-freeze-bn"
 
 
 def init_weights(
@@ -37,6 +44,7 @@ def init_weights(
     backbone_weights: str = "none",
     download: bool = True,
     strict: bool = False,
+    freeze_bn: bool = False,
     print: Callable[[str], object] = print,
 ) -> None:
     """Load the weights that training starts from, and print what was loaded.
@@ -46,6 +54,7 @@ def init_weights(
     backbone_weights   "none"; "auto" or "imagenet": torchvision's ImageNet weights; or a file of the backbone
     download           False in all processes except the main one, which sends its weights to the others later
     strict             for an evaluation: a backbone only, or weights of other classes, are an error
+    freeze_bn          whether batch norm will be frozen, which a network without weights cannot learn with
 
     Where both are "auto", the backbone is loaded only if the network has no published weights. Raises WeightsError if a
     file does not fit or weights requested by name cannot be loaded; if "auto" finds none, a warning is printed.
@@ -53,20 +62,19 @@ def init_weights(
     family = FAMILY_OF.get(type(net), backbones)
     if weights not in ("none", "auto") and backbone_weights not in ("none", "auto"):
         raise WeightsError(f"--weights {weights} and --backbone-weights {backbone_weights}: give one of them")
+    hint = NORM_HINT * freeze_bn
     if weights == backbone_weights == "none":
-        print(f"no weights to start from: training from scratch; {NORM_HINT}")
+        print(f"no weights to start from: training from scratch{hint}")
     elif weights not in ("none", *DOWNLOADS):
         _load_file(net, family, weights, strict, print)
     elif backbone_weights not in ("none", *DOWNLOADS):
         print(f"{backbone_weights}: {family.load_backbone(net, backbone_weights)}")
     elif download and not _load_published(net, family, weights, backbone_weights, strict, print):
-        print(
-            f"WARNING: no weights to start from: TRAINING FROM SCRATCH (--weights none is without warning); {NORM_HINT}"
-        )
+        print(f"WARNING: no weights to start from: TRAINING FROM SCRATCH (--weights none is without warning){hint}")
 
 
 def load(path_or_state_dict: str | Path | dict, source: str | None = None) -> nn.Module:
-    """The detector in a published file or state dict, in evaluation mode.
+    """The detector or classifier in a published file or state dict, in evaluation mode.
 
     Family, class count, depth and width are recognized by names and shapes; names may begin with `module.`. All tensors
     must fit. The network gets `classes`, names in label order or None if unknown, and `image_size` (h, w) or, where
@@ -74,7 +82,10 @@ def load(path_or_state_dict: str | Path | dict, source: str | None = None) -> nn
     """
     _, state, label = open_weights(path_or_state_dict, source)
     modules = {name: module for module in FAMILY_OF.values() for name in module.FAMILIES}
-    family = family_of(state, {name: module.FAMILIES[name] for name, module in modules.items()}, label)
+    families = {name: module.FAMILIES[name] for name, module in modules.items()}
+    if not fits(state, families) and backbones.is_classifier(state):
+        return backbones.from_state(state, label).eval()
+    family = family_of(state, families, label)
     return modules[family].from_state(family, state, label).eval()
 
 

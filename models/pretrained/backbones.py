@@ -4,14 +4,18 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 import torchvision
 from torch import nn
 
+from models import backbones as classifiers
 from models.pretrained.state_dicts import (
     NetworkWeights,
     State,
     family_of,
     fetch,
+    fits,
+    load_strictly,
     load_with_classes,
     open_weights,
     other_classes,
@@ -34,6 +38,7 @@ FAMILIES = {
     "vgg16_bn": ("0.weight", "1.running_mean", "40.weight"),
     "dla34": ("base_layer.0.weight", "level2.tree1.conv1.weight"),
 }
+IMAGENET = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]  # names of the 1000 classes
 PREFIXES = ("base_net.", "features.", "model.", "backbone.body.", "base.")  # of a backbone in a larger network
 
 
@@ -84,6 +89,30 @@ def fine_tune(net: nn.Module, path_or_state_dict: str | Path | dict, strict: boo
     if strict and (count != net.num_classes or (classes and wanted and classes != wanted)):
         raise WeightsError(f"{label}: {other_classes(classes, wanted, count, net.num_classes)}")
     return load_with_classes(net, NetworkWeights(net.name, state, count, classes, {}, label), head)
+
+
+def is_classifier(state: Mapping) -> bool:
+    """Whether the last layer of a classifier is in `state`, not only its backbone."""
+    return any(last_bias(name) in state for name in fits(bare_names(state), FAMILIES)[:1])
+
+
+def last_bias(name: str) -> str:
+    """The bias of a classifier's last layer."""
+    with torch.device("meta"):
+        return list(classifiers.NETWORKS[name](1).state_dict())[-1]
+
+
+def from_state(state: State, label: str) -> nn.Module:
+    """The classifier with the weights in `state`, as torchvision's or our files have them.
+
+    `classes` are ImageNet's names where there are 1000, else None; `image_size` is (224, 224). Raises WeightsError.
+    """
+    name = family_of(bare_names(state), FAMILIES, label)
+    width = {"width_mult": len(state["features.17.conv.2.weight"]) / 320} if name == "mobilenet_v2" else {}
+    net = classifiers.NETWORKS[name](len(state[last_bias(name)]), **width)
+    load_strictly(net, state, label)
+    net.classes, net.image_size = list(IMAGENET) if net.num_classes == len(IMAGENET) else None, (224, 224)
+    return net
 
 
 def published(net: nn.Module) -> State:

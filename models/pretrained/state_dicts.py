@@ -64,11 +64,15 @@ def open_network(
     )
 
 
+def fits(state: Mapping, families: Families) -> list[str]:
+    """The families whose tensors are all in `state`."""
+    return [name for name, tensors in families.items() if all(tensor in state for tensor in tensors)]
+
+
 def family_of(state: Mapping, families: Families, label: str) -> str:
     """The first family whose tensors are all in `state`. WeightsError with the first keys if there is none."""
-    for name, tensors in families.items():
-        if all(tensor in state for tensor in tensors):
-            return name
+    if fitting := fits(state, families):
+        return fitting[0]
     first = ", ".join(list(state)[:3]) or "no tensors"
     raise WeightsError(f"{label}: unknown weights (first keys: {first}); known families: {', '.join(families)}")
 

@@ -22,7 +22,7 @@ OF_MASKRCNN = {"outputs": 5e-4, "gradients": 0.2, "losses": 2e-2}
 OF_ROIS = ("logits", "offsets", "masks")  # outputs of Mask R-CNN with a row per region of interest
 
 
-def start_with_random_outputs(net, *_):
+def start_with_random_outputs(net, **_):
     """In place of initial weights. RetinaNet's last layers start as zeros: nothing before them would get a gradient."""
     if net.name == "retinanet":
         for layer in (net.head["classification_head"].cls_logits, net.head["regression_head"].bbox_reg):

@@ -16,6 +16,7 @@ SIZES = [[20 * i + 20, 20 * i + 40] for i in range(6)]
     ("name", "arguments", "sizes"),
     [
         ("mb2-ssd-lite", {"width_mult": 0.5, "box_sizes": SIZES}, {"image_size": (256, 320)}),
+        ("mb1-ssd", {"priors": "jetson"}, {"image_size": (512, 512)}),
         ("retinanet", {"depth": 18, "anchors": "torchvision", "anchor_scale": 2.0}, {"min_side": 320, "max_side": 480}),
         (
             "centerfusion_resnet18",
@@ -96,6 +97,9 @@ def test_unknown_names_and_arguments_are_refused():
         ("mb2-ssd-lite", {"width_mult": 0}, "width_mult 0: must be from 0.1 to 4"),
         ("mb1-ssd", {"box_sizes": SIZES[:5]}, "need 6 pairs"),
         ("mb1-ssd", {"box_sizes": [[40, 20]] * 6}, "0 < min <= max"),
+        ("mb1-ssd", {"priors": "mine"}, "unknown priors 'mine'; known are scaled, jetson"),
+        ("mb1-ssd", {"priors": "jetson", "box_sizes": SIZES}, "give --priors scaled with --box-sizes"),
+        ("mb2-ssd-lite", {"priors": "jetson"}, "mb2-ssd-lite has no argument 'priors'"),
     ):
         with pytest.raises(WeightsError, match=line):
             models.build(name, 3, **arguments)

@@ -1,10 +1,13 @@
 """The five SSD networks against what the published programs compute."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
 import models
-from models import pretrained
+from models import pretrained, ssd
 from tests import golden
 from tests.model_helpers import (
     assert_compiles_in_one_graph,
@@ -95,6 +98,66 @@ def test_box_sizes():
     net = models.build("mb1-ssd", 3, box_sizes=sizes)
     assert net.arguments["box_sizes"] == sizes
     torch.testing.assert_close(net.priors((300, 300))[0, 2:] * 300, torch.tensor([20.0, 20.0]))
+
+
+MOBILE_300 = [(60, 105), (105, 150), (150, 195), (195, 240), (240, 285), (285, 330)]
+JETSON_SHARES = [0.10, 0.20, 0.37, 0.54, 0.71, 0.88, 1.05]
+
+
+def jetson_priors(side, cells, strides, boxes):
+    """jetson-inference's priors for images of `side` x `side`; cells, strides and (min, max) in pixels of each map."""
+    rows = []
+    for count, stride, (low, high) in zip(cells, strides, boxes):
+        shapes = [(low, low), (math.sqrt(low * high), math.sqrt(low * high))]
+        for ratio in (2, 3):
+            wide, narrow = low * math.sqrt(ratio), low / math.sqrt(ratio)
+            shapes += [(wide, narrow), (narrow, wide)]
+        for y in range(count):
+            for x in range(count):
+                center = [(x + 0.5) / (side / stride), (y + 0.5) / (side / stride)]
+                rows += [[*center, width / side, height / side] for width, height in shapes]
+    return torch.tensor(rows, dtype=torch.float64).clamp(0, 1).float()
+
+
+@pytest.mark.parametrize(
+    ("side", "cells", "strides"),
+    [
+        (300, (19, 10, 5, 3, 2, 1), (16, 32, 64, 100, 150, 300)),
+        (512, (32, 16, 8, 4, 2, 1), (16, 32, 64, 128, 256, 512)),
+        (640, (40, 20, 10, 5, 3, 2), (16, 32, 64, 128, 214, 320)),
+        (400, (25, 13, 7, 4, 2, 1), (16, 31, 58, 100, 200, 400)),  # strides that are not those of 300
+    ],
+)
+def test_jetson_priors(side, cells, strides):
+    shares = [(low * side, high * side) for low, high in itertools.pairwise(JETSON_SHARES)]
+    expected = jetson_priors(side, cells, strides, MOBILE_300 if side == 300 else shares)
+    net = models.build("mb1-ssd", 3, priors="jetson")
+    torch.testing.assert_close(net.priors((side, side)), expected, rtol=0, atol=1e-6)
+    assert net.arguments["priors"] == "jetson"
+    scaled = models.build("mb1-ssd", 3).priors((side, side))
+    assert torch.equal(scaled, net.priors((side, side))) == (side == 300)
+    if side == 512:  # where the strides of 300 are the same
+        sizes = [30, 60, 111, 162, 213, 264, 315]
+        net = models.build("mb1-ssd", 3, box_sizes=list(itertools.pairwise(sizes)))
+        torch.testing.assert_close(net.priors((side, side)), expected, rtol=0, atol=1e-6)
+
+
+def test_priors_of_a_run():
+    """--priors, else the resumed run's, else jetson-inference's where they differ from the others."""
+    saved = {"arguments": {"priors": "jetson"}}
+    for arguments, priors in (
+        (("mb1-ssd", None, 512, None, None), {"priors": "jetson"}),
+        (("mb1-ssd", None, 300, None, None), {"priors": "scaled"}),
+        (("mb1-ssd", None, 512, [30, 60], None), {"priors": "scaled"}),
+        (("mb1-ssd", "scaled", 512, None, saved), {"priors": "scaled"}),
+        (("mb1-ssd", None, 300, None, saved), {"priors": "jetson"}),
+        (("mb1-ssd", None, 512, None, {"arguments": {}}), {"priors": "scaled"}),
+        (("mb1-ssd", None, 512, [30, 60], saved), {"priors": "scaled"}),
+        (("mb2-ssd-lite", None, 512, None, None), {}),
+    ):
+        assert ssd.choose_priors(*arguments) == priors
+    with pytest.raises(WeightsError, match="--priors jetson: vgg16-ssd has no other priors; leave it out"):
+        ssd.choose_priors("vgg16-ssd", "jetson", 512, None, None)
 
 
 def test_images_that_are_too_small_are_refused():

@@ -157,6 +157,14 @@ def test_a_network_of_other_arguments_is_refused(tmp_path, for_evaluation):
     assert checkpoint.restore(saved, small_parts(anchor_scale=2.0, radar=True, new=1), for_evaluation).step == 1
 
 
+def test_checkpoints_older_than_an_argument(tmp_path):
+    """The first checkpoints of an SSD do not have `priors`; theirs are scaled."""
+    saved = saved_run(tmp_path)
+    assert checkpoint.restore(saved, small_parts(priors="scaled")).step == 1
+    with pytest.raises(UsageError, match="priors scaled, this run's has jetson; give --priors as in that run"):
+        checkpoint.restore(saved, small_parts(priors="jetson"))
+
+
 def test_the_number_of_proposals_may_change(tmp_path):
     saved = saved_run(tmp_path, proposals=100)
     assert checkpoint.restore(saved, small_parts(proposals=300), for_evaluation=True).step == 1

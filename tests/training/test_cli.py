@@ -33,6 +33,32 @@ def recipe(tmp_path):
     return write
 
 
+def test_start_options(parser):
+    parser.add_argument("--weights", default="auto")
+    expected = {"weights": "auto", "backbone_weights": "none", "strict": False, "freeze_bn": True}
+    assert cli.start_options(parser.parse(["--freeze-bn"])) == expected
+    parser.add_argument("--backbone-weights", default="auto")
+    assert cli.start_options(parser.parse(["--eval-only"])) == {
+        **expected,
+        "backbone_weights": "auto",
+        "strict": True,
+        "freeze_bn": False,
+    }
+
+
+def test_size(parser, capsys):
+    """One number or two, after which nothing else may follow."""
+    parser.add_argument("inputs", nargs="*")
+    cli.add_weights_arguments(parser, "of the input")
+    assert parser.parse([]).size is None
+    assert parser.parse(["a.jpg", "--size", "512"]).size == [512, 512]
+    assert parser.parse(["--size", "160", "224", "--labels", "b"]).size == [160, 224]
+    assert refusal(parser, ["--size", "1", "2", "3"], capsys).endswith("--size 1 2 3: give one number, or two")
+    assert refusal(parser, ["--size", "512", "a.jpg"], capsys).endswith(
+        "argument --size: 'a.jpg' is not a whole number"
+    )
+
+
 def refusal(parser, argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         parser.parse(argv)

@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,19 @@ def written(request, tmp_path):
 
 def test_tensors_are_read(written):
     torch.testing.assert_close(torch_files.read(written({"a": torch.arange(3)})), {"a": torch.arange(3)})
+
+
+def test_find_checkpoint(tmp_path, capsys):
+    """A file is itself, existing or not; a run folder is its best.pt, else its last.pt."""
+    assert torch_files.find_checkpoint(str(tmp_path / "x.pt")) == tmp_path / "x.pt"
+    (tmp_path / "other.pth").touch()
+    line = f"{tmp_path}: neither best.pt nor last.pt is in this folder; checkpoints nearby: {tmp_path / 'other.pth'}"
+    with pytest.raises(WeightsError, match=f"^{re.escape(line)}$"):
+        torch_files.find_checkpoint(tmp_path)
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / name).touch()
+        assert torch_files.find_checkpoint(tmp_path) == tmp_path / name
+        assert capsys.readouterr().out == f"{tmp_path}: using {name}\n"
 
 
 def test_other_contents_are_refused(written):

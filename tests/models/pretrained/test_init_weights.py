@@ -72,8 +72,10 @@ def unchanged(net, *args, **kwargs):
 
 @pytest.mark.parametrize("family", NETWORKS)
 def test_none(family):
-    (line,) = unchanged(build(family), "none")
-    assert line.startswith("no weights to start from") and "--no-freeze-bn" in line and "WARNING" not in line
+    assert unchanged(build(family), "none") == ["no weights to start from: training from scratch"]
+    (line,) = unchanged(build(family), "none", freeze_bn=True)
+    assert line.startswith("no weights to start from: training from scratch; frozen batch norm")
+    assert line.endswith(": give --no-freeze-bn")
 
 
 @pytest.mark.slow
@@ -133,10 +135,12 @@ def test_other_processes_download_nothing(downloads):
 @pytest.mark.parametrize("family", NETWORKS)
 def test_auto_without_published_weights(family, downloads):
     """Each attempt is printed, and then a warning."""
-    lines = unchanged(build(family), "auto", "none" if family == "classifier" else "auto")
+    options = ("auto", "none" if family == "classifier" else "auto")
+    lines = unchanged(build(family), *options, freeze_bn=True)
     assert all("or name a file with --weights" in line for line in lines[:-1])
     assert len(lines) == (2 if family == "classifier" else 3)
     assert lines[-1].startswith("WARNING: ") and "FROM SCRATCH" in lines[-1] and "--no-freeze-bn" in lines[-1]
+    assert "freeze" not in unchanged(build(family), *options)[-1]
 
 
 def test_auto_loads_the_published_network(downloads, tmp_path):
