@@ -57,16 +57,20 @@ def apply(
 ) -> tuple[Any, Any]:
     """(train, val) without what the policies of `apply_fault_policy` leave out; prints a summary of both.
 
+    train   the same object as `val` for an evaluation, which reads and needs no other
+
     Raises DataError as `apply_fault_policy` does, and if no image or no object is left for training.
     """
     apply_fault_policy(errors, bad_boxes, bad_images, print)
+    datasets = {"val": val} if train is val else {"train": train, "val": val}
     if bad_images == "skip":
-        train, val = (without_unreadable(dataset, workers, print) for dataset in (train, val))
-    for name, dataset in (("train", train), ("val", val)):
+        datasets = {name: without_unreadable(dataset, workers, print) for name, dataset in datasets.items()}
+    val, train = datasets["val"], datasets.get("train", datasets["val"])
+    for name, dataset in datasets.items():
         if not len(dataset):
             raise DataError(f"no image left for {name}", "", "fix the errors listed above")
         print(f"{name}: {dataset.summary()}")
-    if not train.class_counts().any():
+    if train is not val and not train.class_counts().any():
         raise DataError("nothing to train on", "", "all training images are background; check the annotations")
     absent = [name for name, count in zip(train.classes, val.class_counts()) if not count]
     if absent:

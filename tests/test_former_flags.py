@@ -88,7 +88,7 @@ def test_former_flags_are_accepted(script):
 @pytest.mark.parametrize(("script", "former", "now"), RENAMED)
 def test_renamed_flags_keep_their_meaning(script, former, now):
     args, expected = vars(parse(script, former)), vars(parse(script, now))
-    alone = {"exp_id", "use_cuda"}  # what they mean is in other flags
+    alone = {"use_cuda"}  # what they mean is in other flags
     assert {name: value for name, value in args.items() if name not in alone} == {
         name: value for name, value in expected.items() if name not in alone
     }
@@ -96,6 +96,6 @@ def test_renamed_flags_keep_their_meaning(script, former, now):
 
 def test_the_folder_and_the_device_have_their_defaults_under_every_spelling():
     assert parse("train_centerfusion", "").model_dir == "runs/centerfusion"
-    assert parse("train_centerfusion", "--model-dir a --exp_id b").model_dir == "a"
+    assert parse("train_centerfusion", "--exp_id b --model-dir a").model_dir == "a"
     assert parse("train_ssd", "").device == "auto"
     assert parse("train_ssd", "--device cuda:1 --use-cuda true").device == "cuda:1"

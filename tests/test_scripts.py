@@ -58,6 +58,15 @@ COMMAND_LINES = {  # of the programs whose work the scripts do, as their users w
         "pillar_dims": [1.0, 0.2, 0.2],
         "resume": "auto",
     },
+    "centerfusion ddd --exp_id centerfusion --dataset nuscenes --val_split mini_val --run_dataset_eval --num_workers 4 "
+    "--nuscenes_att --velocity --gpus 0 --pointcloud --radar_sweeps 3 --max_pc_dist 60.0 --pc_z_offset -0.0 "
+    "--load_model FILE --flip_test --eval-only": {
+        "model_dir": "runs/centerfusion",
+        "weights": "FILE",
+        "flip_test": True,
+        "pillar_dims": [1.5, 0.2, 0.2],
+        "no_effect": ["--dataset"],
+    },
 }
 
 

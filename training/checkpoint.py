@@ -30,6 +30,7 @@ NOT_COMPARED = (
     "preflight",
     "config",
     "workers",
+    "no_effect",
 )  # flags that do not change the training
 FLAG_OF_PART = {"scaler": "--precision", "ema": "--ema", "plateau": "--scheduler"}  # flags that turn a part on
 # flags that set an argument of a network, where their names differ

@@ -84,7 +84,7 @@ class ArgumentParser(argparse.ArgumentParser):
             if word.startswith("--"):
                 flag, equals, value = word.partition("=")
                 if _canonical(flag) not in flags:
-                    options = [option for option, _ in flags.values()]
+                    options = [option for option, action in flags.values() if action.help != argparse.SUPPRESS]
                     self.error(f"unknown flag {flag}{_nearest(flag.replace('_', '-'), options)}")
                 word = flags[_canonical(flag)][0] + equals + value
             words.append(word)
@@ -212,6 +212,8 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--resume", nargs="?", const="auto", default="", metavar="auto|RUN|FILE", help=resume)
     arg("--overwrite", action="store_true", help="delete the run in --model-dir and start a new one")
     arg("--eval-only", action="store_true", help="evaluate the weights of --resume or --weights, then exit")
+    split = "with --eval-only: split to evaluate, named as in --data (csv: a csv file); default: that of validation"
+    arg("--split", default="", metavar="NAME", help=split)
     preflight = "run one step and one evaluation on the largest batches, print the peak memory, exit"
     arg("--preflight", action="store_true", help=preflight)
     arg("--seed", type=count, default=0, help="random seed of initial weights, data order and augmentation")
@@ -238,7 +240,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--batch-size", type=positive, default=4, help="images per step, over all GPUs and processes")
     accumulate = "compute each batch in N micro-batches, to save memory"
     arg("--accumulate", type=positive, default=1, metavar="N", help=accumulate)
-    arg("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd", help="optimizer")
+    arg("--optimizer", "--optim", choices=("sgd", "adam", "adamw"), default="sgd", help="optimizer")
     arg("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of sgd")
     arg("--weight-decay", type=non_negative, default=5e-4, help="weight decay")
     norms = "weight decay of batch norm and biases; default: --weight-decay"
@@ -335,10 +337,11 @@ def add_nuscenes_arguments(parser: ArgumentParser) -> None:
     arg = parser.add_argument_group("data").add_argument
     folders = "folder with v1.0-*/, samples/ and sweeps/"
     arg("--data", "--dataset-root", default="data/nuscenes", help=folders)
-    arg("--version", default="v1.0-trainval", help="folder of the tables: v1.0-trainval or v1.0-mini")
-    train = "train (needs nuscenes-devkit), mini_train, or a text file of scene names"
+    version = "folder of the tables; default: v1.0-mini for mini_*, v1.0-test for test, v1.0-trainval for other splits"
+    arg("--version", default="", help=version)
+    train = "train (needs nuscenes-devkit), trainval, mini_train, or a text file of scene names"
     arg("--train-split", default="train", metavar="SPLIT", help=train)
-    val = "val (needs nuscenes-devkit), mini_val, or a text file of scene names"
+    val = "val (needs nuscenes-devkit), mini_val, or a text file of scene names; with --eval-only also test"
     arg("--val-split", default="mini_val", metavar="SPLIT", help=val)
     arg("--cache-dir", default="", metavar="DIR", help="folder of the parsed tables; default: beside the tables")
     arg("--skip-missing", action="store_true", help="leave out images and radar sweeps whose files are missing")
@@ -349,6 +352,8 @@ def add_nuscenes_arguments(parser: ArgumentParser) -> None:
 def nuscenes_options(args: argparse.Namespace) -> dict:
     """The options of data.nuscenes.load, from the flags that `add_nuscenes_arguments` declared."""
     splits = {"train_split": args.train_split, "val_split": args.val_split}
+    if args.eval_only:
+        splits = {"train_split": "", "val_split": args.split or args.val_split}
     options = {"version": args.version, **splits, "skip_missing": args.skip_missing}
     return {**options, "cache": args.cache_dir or None, "check": args.check_data}
 
