@@ -73,8 +73,8 @@ def parse_args(argv):
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
     published = {"batch_size": 2, "lr_batch_size": 2, "epochs": 100, "scheduler": "plateau"}
-    published |= {"optimizer": "adam", "lr": 1e-5, "weight_decay": 0.0, "clip_norm": 0.1, "freeze_bn": True}
-    parser.set_defaults(model_dir="runs/retinanet", **published)
+    published |= {"optimizer": "adam", "lr": 1e-5, "weight_decay": 0.0, "clip_norm": 0.1}
+    parser.set_defaults(model_dir="runs/retinanet", freeze_bn=None, **published)
     return parser.parse(argv)
 
 
@@ -140,6 +140,7 @@ def main(argv=None):
     train_set.transform = transforms.multiscale_train(args.min_side, args.max_side, args.flip, args.color_jitter)
     val_set.transform = transforms.multiscale_eval(args.min_side[-1], args.max_side)
     frozen = net.stages()[: args.freeze_stages]
+    run_folder.choose("freeze_bn", "stats")  # as in yhenon/pytorch-retinanet
     optim.set_train_mode(net, frozen, args.freeze_bn)
 
     # loss and detections

@@ -36,7 +36,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         default = action.default
         if default in (None, "", [], argparse.SUPPRESS) or "default:" in action.help:
             return action.help
-        if isinstance(action, argparse.BooleanOptionalAction):
+        if isinstance(action, argparse.BooleanOptionalAction) and isinstance(default, bool):
             default = action.option_strings[not default]  # --x or --no-x
         elif action.nargs == 0:
             return action.help
@@ -178,6 +178,11 @@ def auto_count(text: str) -> int | None:
     return None if text == "auto" else count(text)
 
 
+def auto_stages(text: str) -> int | None:
+    """A `type=` for --freeze-stages: 0 to 5, None for auto."""
+    return None if text == "auto" else number(int, 0, max_=5)(text)
+
+
 def numbers(text: str) -> list[float]:
     """A `type=` for flags like `--milestones 80,100`."""
     try:
@@ -250,6 +255,8 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--ema", type=number(float, 0, 1), default=0.0, metavar="DECAY", help=ema)
     frozen = "freeze batch norm, statistics and affine parameters"
     arg("--freeze-bn", action=argparse.BooleanOptionalAction, default=False, help=frozen)
+    statistics = "freeze the statistics of batch norm alone; the default of train_retinanet.py"
+    arg("--freeze-bn-stats", dest="freeze_bn", action="store_const", const="stats", default=None, help=statistics)
 
     arg = parser.add_argument_group("learning rate").add_argument
     arg("--lr", "--learning-rate", type=non_negative, default=0.01, help="base learning rate")
@@ -261,7 +268,10 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     in_steps = "the same in steps, such as 150000,300000; replaces --milestones"
     arg("--milestone-steps", type=numbers, metavar="N,N", help=in_steps)
     arg("--gamma", type=non_negative, default=0.1, help="factor of multi-step and plateau")
-    arg("--warmup-steps", type=count, default=0, metavar="N", help="linear warm-up over N steps")
+    warmup = "linear warm-up over N steps; auto: over the first epoch, at most 1001 steps"
+    arg("--warmup-steps", type=auto_count, default=0, metavar="auto|N", help=warmup)
+    factor = "factor of the learning rate at the first step of the warm-up; default: 1 / N"
+    arg("--warmup-factor", type=probability, metavar="X", help=factor)
     intended = "batch size that the learning rates are for; 0: unknown"
     arg("--lr-batch-size", type=count, default=0, metavar="N", help=intended)
     arg("--scale-lr", action="store_true", help="scale the learning rates from --lr-batch-size to --batch-size")

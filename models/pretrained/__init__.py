@@ -38,8 +38,9 @@ def init_weights(
     download: bool = True,
     strict: bool = False,
     print: Callable[[str], object] = print,
-) -> None:
-    """Load the weights that training starts from, and print what was loaded.
+) -> bool:
+    """Load the weights that training starts from, and print what was loaded. Returns whether they are published ones
+    that were requested by name; False in processes that do not download.
 
     weights            "none"; "auto" or "coco": the published weights of the network; "imagenet": those of its
                        backbone; or a file of the network or its backbone, ours or published
@@ -59,10 +60,13 @@ def init_weights(
         _load_file(net, family, weights, strict, print)
     elif backbone_weights not in ("none", *DOWNLOADS):
         print(f"{backbone_weights}: {family.load_backbone(net, backbone_weights)}")
-    elif download and not _load_published(net, family, weights, backbone_weights, strict, print):
+    elif download:
+        if _load_published(net, family, weights, backbone_weights, strict, print):
+            return True
         print(
             f"WARNING: no weights to start from: TRAINING FROM SCRATCH (--weights none is without warning); {NORM_HINT}"
         )
+    return False
 
 
 def load(path_or_state_dict: str | Path | dict, source: str | None = None) -> nn.Module:
