@@ -2,6 +2,7 @@
 
     python train_centerfusion.py --data data/nuscenes --pointcloud --velocity --nuscenes-att --weights centernet.pth
     python train_centerfusion.py --data data/nuscenes --pointcloud --velocity --nuscenes-att --resume
+    python train_centerfusion.py --pointcloud --velocity --nuscenes-att --weights centerfusion_e60.pth --eval-only
     torchrun --nproc-per-node 8 train_centerfusion.py --data data/nuscenes --pointcloud --velocity --nuscenes-att
 
 The flags are those of mrnabati/CenterFusion. The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl,

@@ -6,9 +6,9 @@
     python train_retinanet.py --dataset coco --data data/coco --model-dir runs/coco --resume auto --eval-only
     torchrun --nproc-per-node 8 train_retinanet.py --config configs/retinanet_r50_coco.toml --data data/coco
 
-The defaults are those of yhenon/pytorch-retinanet. The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl,
-detections.json and TensorBoard files. Published COCO box AP of ResNet-50, not reproduced by us: 36.4 (torchvision, 26
-epochs), 33.5 (yhenon).
+The defaults are those of yhenon/pytorch-retinanet; docs/migrating.md lists what differs. The run folder gets last.pt,
+previous.pt and best.pt, metrics.jsonl, detections.json and TensorBoard files. Published COCO box AP of ResNet-50, not
+reproduced by us: 36.4 (torchvision, 26 epochs), 33.5 (yhenon).
 """
 
 import functools

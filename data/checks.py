@@ -57,20 +57,19 @@ def apply(
 ) -> tuple[Any, Any]:
     """(train, val) without what the policies of `apply_fault_policy` leave out; prints a summary of both.
 
-    train   the same object as `val` for an evaluation, which reads and needs no other
-
-    Raises DataError as `apply_fault_policy` does, and if no image or no object is left for training.
+    train may be val itself: a validation set alone, see data.detection.load. Raises DataError as `apply_fault_policy`
+    does, and if no image or no object is left for training.
     """
     apply_fault_policy(errors, bad_boxes, bad_images, print)
-    datasets = {"val": val} if train is val else {"train": train, "val": val}
+    val_only = train is val
     if bad_images == "skip":
-        datasets = {name: without_unreadable(dataset, workers, print) for name, dataset in datasets.items()}
-    val, train = datasets["val"], datasets.get("train", datasets["val"])
-    for name, dataset in datasets.items():
+        val = without_unreadable(val, workers, print)
+        train = val if val_only else without_unreadable(train, workers, print)
+    for name, dataset in (("train", train), ("val", val))[val_only:]:
         if not len(dataset):
             raise DataError(f"no image left for {name}", "", "fix the errors listed above")
         print(f"{name}: {dataset.summary()}")
-    if train is not val and not train.class_counts().any():
+    if not val_only and not train.class_counts().any():
         raise DataError("nothing to train on", "", "all training images are background; check the annotations")
     absent = [name for name, count in zip(train.classes, val.class_counts()) if not count]
     if absent:
@@ -85,11 +84,13 @@ def check_data(
 
     Returns the metrics of such a run: none.
     """
-    image_errors = [error for dataset in (train, val) for error in chain(*unreadable(dataset, workers).values())]
+    datasets = {"val": val} if train is val else {"train": train, "val": val}
+    image_errors = [error for dataset in datasets.values() for error in chain(*unreadable(dataset, workers).values())]
     errors = unique([*errors, *image_errors])
-    write_report(Path(folder) / REPORT, errors, {"train": train, "val": val})
+    write_report(Path(folder) / REPORT, errors, datasets)
     apply_fault_policy(errors, "error", "error", print, max_lines=len(errors))
-    print(f"no errors in {len(train)} training and {len(val)} validation images")
+    training = "" if train is val else f"{len(train)} training and "
+    print(f"no errors in {training}{len(val)} validation images")
     return {}
 
 

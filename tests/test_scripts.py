@@ -23,7 +23,7 @@ FILES = ("last.pt", "previous.pt", "best.pt", "step_000002.pt", "flags.json", "v
 # With these, N processes, or the parts of a batch, compute what one does up to rounding.
 COMPARABLE = {
     "backbone": "--freeze-bn --batch-size 6 --lr 1e-3 --mixup 0 --cutmix 0",
-    "retinanet": "--freeze-bn --batch-size 2 --lr 1e-3 --optimizer sgd --match-best",
+    "retinanet": "--freeze-bn-stats --batch-size 2 --lr 1e-3 --optimizer sgd --match-best",
     "ssd": "--freeze-bn --batch-size 2 --lr 2e-4 --backbone-lr 2e-4 --validation-mean-ap",
     "centerfusion": "--freeze-bn --lr 1e-5 --optimizer sgd",
     "maskrcnn": "--freeze-bn --lr 1e-3",

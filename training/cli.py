@@ -216,8 +216,9 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     resume = "continue a run at its very next step; without a value: auto, the newest checkpoint in --model-dir"
     arg("--resume", nargs="?", const="auto", default="", metavar="auto|RUN|FILE", help=resume)
     arg("--overwrite", action="store_true", help="delete the run in --model-dir and start a new one")
-    arg("--eval-only", action="store_true", help="evaluate the weights of --resume or --weights, then exit")
-    split = "with --eval-only: split to evaluate, named as in --data (csv: a csv file); default: that of validation"
+    evaluate = "evaluate --resume or --weights with the flags of their run, write RUN/evaluation, then exit"
+    arg("--eval-only", action="store_true", help=evaluate)
+    split = "with --eval-only: the split to evaluate, by its name in --data (csv: a csv file); default: as in training"
     arg("--split", default="", metavar="NAME", help=split)
     preflight = "run one step and one evaluation on the largest batches, print the peak memory, exit"
     arg("--preflight", action="store_true", help=preflight)
