@@ -2,6 +2,7 @@
 
     python train_centerfusion.py --data data/nuscenes --pointcloud --velocity --nuscenes-att --weights centernet.pth
     python train_centerfusion.py --data data/nuscenes --pointcloud --velocity --nuscenes-att --resume
+    python train_centerfusion.py --pointcloud --velocity --nuscenes-att --weights centerfusion_e60.pth --eval-only
     torchrun --nproc-per-node 8 train_centerfusion.py --data data/nuscenes --pointcloud --velocity --nuscenes-att
 
 The flags are those of mrnabati/CenterFusion. The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl,
@@ -20,7 +21,7 @@ from losses import assignment, centerfusion
 from models import pretrained
 from ops import decode3d, radar
 from ops.images import normalize
-from training import cli, distributed, memory, optim
+from training import centerfusion_options, cli, distributed, memory, optim
 from training.ema import Ema
 from training.plan import Plan
 from training.run_folder import RunFolder
@@ -35,7 +36,6 @@ STRIDE = 4  # input pixels per cell of the output maps
 
 def parse_args(argv):
     parser = cli.ArgumentParser("train_centerfusion.py", __doc__, USAGE)
-    parser.add_argument("task", nargs="?", choices=("ddd",), default="ddd", help="3D detection, the only task")
     cli.add_nuscenes_arguments(parser)
     arg = parser.add_argument_group("image size, augmentation").add_argument
     arg("--input-size", type=int, nargs=2, default=[448, 800], metavar=("H", "W"), help="in pixels, multiples of 32")
@@ -44,7 +44,6 @@ def parse_args(argv):
     arg("--shift", type=cli.non_negative, default=0.1, help=shift)
     arg("--scale", type=cli.number(float, 0, 1), default=0.0, help="standard deviation, and maximum, of a random zoom")
     arg("--color-jitter", "--colour", type=cli.probability, default=0.5, help="probability of each color change")
-    arg("--shuffle-train", "--not-rand-crop", action="store_true", help="no effect: it always shuffles and never crops")
 
     arg = parser.add_argument_group("radar").add_argument
     arg("--pointcloud", action="store_true", help="use radar; without it, the camera alone")
@@ -58,7 +57,7 @@ def parse_args(argv):
     arg("--frustum", choices=("published", "paper"), default="published", help=frustum)
 
     arg = parser.add_argument_group("network").add_argument
-    names = {"choices": tuple(models.centerfusion.NETWORKS), "type": cli.prefixed("centerfusion_")}
+    names = {"choices": tuple(models.centerfusion.NETWORKS), "type": centerfusion_options.architecture}
     arg("--arch", default="centerfusion_dla34", help="network architecture", **names)
     start = "weights to start from: a file of a CenterFusion, of a CenterNet or of the backbone"
     arg("--weights", "--load-model", default="none", metavar="none|FILE", help=start)
@@ -73,8 +72,7 @@ def parse_args(argv):
     cli.add_run_arguments(parser)
     published = {"batch_size": 32, "lr_batch_size": 32, "optimizer": "adam", "lr": 2.5e-4, "weight_decay": 0.0}
     parser.set_defaults(model_dir="runs/centerfusion", epochs=60, milestones="50", save_epochs="20,40,50", **published)
-    folder = {"dest": "model_dir", "type": cli.prefixed("runs/"), "metavar": "NAME"}
-    parser.add_argument("--exp-id", default=None, help="the same as --model-dir runs/NAME", **folder)
+    centerfusion_options.add_arguments(parser)
     args = parser.parse(argv)
     if args.run_dataset_eval and args.monitor in MEASURES and not devkit_is_installed():
         raise UsageError(f"--monitor {args.monitor}: first do pip install -r requirements-nuscenes.txt")
@@ -123,6 +121,8 @@ def main(argv=None):
     heads = [name for name in centerfusion.WEIGHTS if trained.get(name, args.pointcloud or not name.endswith("_sec"))]
     monitor = cli.choose_monitor(args.monitor, "loss", ["loss", *heads, *MEASURES * args.run_dataset_eval])
     run_folder = RunFolder(args, run, monitor)
+    for line in centerfusion_options.notes(args):
+        run.print(line)
 
     # data
     sweeps = nuscenes.RadarOptions(args.radar_sweeps * args.pointcloud, args.max_pc_dist, args.pc_z_offset)
@@ -172,13 +172,13 @@ def main(argv=None):
     val_collate = functools.partial(collate.val, **made, flip_test=args.flip_test)
     val_loader = loader.eval_loader(val_set, args.batch_size, process, val_collate)
     validate = functools.partial(evaluate, net, run=run, loss_sums=loss_sums, flip_test=args.flip_test)
-    tables = args.data, args.version, args.val_split
+    tables = args.data, val_set.version, val_set.split
     new_evaluator = functools.partial(NuScenesEvaluator, *tables, args.pointcloud, print=run.print, draw=pr_curves.draw)
-    if args.run_dataset_eval and not args.preflight:
+    if args.run_dataset_eval and not args.preflight and val_set.annotated:
         run.print(score_ground_truth(new_evaluator(merge_distance=0.5), val_set, run.gather, run.is_main))
     if args.eval_only:
         metrics, evaluators, _ = validate(val_loader, new_evaluator())
-        return run_folder.report(metrics, evaluators)
+        return run_folder.report(metrics if val_set.annotated else {}, evaluators)
     balance = train_set.balance_weights() if args.balance_data else None
     sampler = loader.StepSampler(
         len(train_set), args.batch_size, plan.total_steps, args.seed, progress.step, process, balance

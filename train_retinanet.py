@@ -6,9 +6,9 @@
     python train_retinanet.py --resume runs/coco --eval-only
     torchrun --nproc-per-node 8 train_retinanet.py --config configs/retinanet_r50_coco.toml --data data/coco
 
-The defaults are those of yhenon/pytorch-retinanet. The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl,
-detections.json and TensorBoard files. Published COCO box AP of ResNet-50, not reproduced by us: 36.4 (torchvision, 26
-epochs), 33.5 (yhenon).
+The defaults are those of yhenon/pytorch-retinanet; docs/migrating.md lists what differs. The run folder gets last.pt,
+previous.pt and best.pt, metrics.jsonl, detections.json and TensorBoard files. Published COCO box AP of ResNet-50, not
+reproduced by us: 36.4 (torchvision, 26 epochs), 33.5 (yhenon).
 """
 
 import functools
@@ -69,8 +69,8 @@ def parse_args(argv):
     cli.add_data_arguments(parser)
     cli.add_run_arguments(parser)
     published = {"batch_size": 2, "lr_batch_size": 2, "epochs": 100, "scheduler": "plateau"}
-    published |= {"optimizer": "adam", "lr": 1e-5, "weight_decay": 0.0, "clip_norm": 0.1, "freeze_bn": True}
-    parser.set_defaults(model_dir="runs/retinanet", **published)
+    published |= {"optimizer": "adam", "lr": 1e-5, "weight_decay": 0.0, "clip_norm": 0.1}
+    parser.set_defaults(model_dir="runs/retinanet", freeze_bn=None, **published)
     return parser.parse(argv)
 
 
@@ -126,6 +126,7 @@ def main(argv=None):
     # network
     net = models.build(args.arch, len(train_set.classes), anchors=args.anchors, anchor_scale=args.anchor_scale)
     net.classes, size = train_set.classes, (max(args.min_side), args.max_side)
+    run_folder.choose("freeze_bn", "stats")  # as in yhenon/pytorch-retinanet
     if not run_folder.checkpoint:
         pretrained.init_weights(net, **cli.start_options(args), download=run.is_main, print=run.print)
     net.to(run.device, memory_format=torch.channels_last)

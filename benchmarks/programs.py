@@ -31,7 +31,7 @@ from training import distributed, memory, optim
 from training.logger import Logger
 from training.plan import Plan
 
-FROZEN_BN = ("retinanet", "maskrcnn")  # the scripts whose default is frozen batch norm
+FROZEN_BN = ("retinanet", "maskrcnn")  # the scripts that are compared with frozen batch norm
 
 
 class Speed(NamedTuple):
@@ -59,7 +59,8 @@ def script(args, precision, data, folder, flags=""):
     flags += {
         "backbone": f" --resolution {height} --color-jitter-strength 0",
         "ssd": f" --dataset coco --resolution {height}",
-        "retinanet": f" --min-side {height} --max-side {width} --anchors torchvision --backbone-weights none",
+        "retinanet": f" --min-side {height} --max-side {width} --anchors torchvision --backbone-weights none"
+        " --freeze-bn",
         "maskrcnn": f" --dataset coco --min-side {height} --max-side {width}",
         "centerfusion": f" --input-size {height} {width} --version v1.0-mini --train-split mini_train"
         " --pointcloud --velocity --nuscenes-att",

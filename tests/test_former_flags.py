@@ -88,7 +88,7 @@ def test_former_flags_are_accepted(script):
 @pytest.mark.parametrize(("script", "former", "now"), RENAMED)
 def test_renamed_flags_keep_their_meaning(script, former, now):
     args, expected = vars(parse(script, former)), vars(parse(script, now))
-    alone = {"exp_id", "use_cuda"}  # what they mean is in other flags
+    alone = {"use_cuda"}  # what they mean is in other flags
     assert {name: value for name, value in args.items() if name not in alone} == {
         name: value for name, value in expected.items() if name not in alone
     }

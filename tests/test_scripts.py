@@ -24,7 +24,7 @@ FILES = ("last.pt", "previous.pt", "best.pt", "step_000002.pt", "flags.json", "v
 # With these, N processes, or the parts of a batch, compute what one does up to rounding.
 COMPARABLE = {
     "backbone": "--freeze-bn --batch-size 6 --lr 1e-3 --mixup 0 --cutmix 0",
-    "retinanet": "--freeze-bn --batch-size 2 --lr 1e-3 --optimizer sgd --match-best",
+    "retinanet": "--freeze-bn-stats --batch-size 2 --lr 1e-3 --optimizer sgd --match-best",
     "ssd": "--freeze-bn --batch-size 2 --lr 2e-4 --backbone-lr 2e-4 --validation-mean-ap",
     "centerfusion": "--freeze-bn --lr 1e-5 --optimizer sgd",
     "maskrcnn": "--freeze-bn --lr 1e-3",
@@ -58,6 +58,15 @@ COMMAND_LINES = {  # of the programs whose work the scripts do, as their users w
         "save_epochs": [20, 40, 50],
         "pillar_dims": [1.0, 0.2, 0.2],
         "resume": "auto",
+    },
+    "centerfusion ddd --exp_id centerfusion --dataset nuscenes --val_split mini_val --run_dataset_eval --num_workers 4 "
+    "--nuscenes_att --velocity --gpus 0 --pointcloud --radar_sweeps 3 --max_pc_dist 60.0 --pc_z_offset -0.0 "
+    "--load_model FILE --flip_test --eval-only": {
+        "model_dir": "runs/centerfusion",
+        "weights": "FILE",
+        "flip_test": True,
+        "pillar_dims": [1.5, 0.2, 0.2],
+        "no_effect": ["--dataset"],
     },
 }
 

@@ -10,6 +10,7 @@ import models
 import predict
 import train_centerfusion
 from data import nuscenes
+from data.nuscenes import splits, tables
 from losses import centerfusion
 from ops import radar
 from tests.script_helpers import ROOT, Script, last
@@ -74,6 +75,30 @@ def test_the_command_line_of_centerfusion_runs_unchanged(script, tmp_path, monke
     assert last(tmp_path / "runs/centerfusion")["step"] == 2
 
 
+def test_the_test_command_of_centerfusion_evaluates(script, tables_copy, tmp_path, monkeypatch, capsys):
+    """On the validation split alone, and on v1.0-test, which has no annotations and gives a submission."""
+    line = "ddd --exp_id centerfusion --dataset nuscenes --val_split {} --run_dataset_eval --num_workers 4 "
+    line += "--nuscenes_att --velocity --gpus -1 --pointcloud --radar_sweeps 3 --max_pc_dist 60.0 --pc_z_offset -0.0 "
+    line += "--load_model {} --flip_test"
+    more = "--eval-only --arch resnet18 --input-size 64 128 --workers 0 --batch-size 4 --precision fp32 --model-dir"
+    script.main(tmp_path / "run", "--max-steps", 1)
+    (tables_copy / "v1.0-test").mkdir()
+    for table in tables.TABLES:
+        file = tables_copy / "v1.0-mini" / f"{table}.json"
+        (tables_copy / "v1.0-test" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setitem(splits.SPLITS, "mini_train", ["none"])  # an error if it were read
+    metrics, submissions = {}, {}
+    for split in ("mini_val", "test"):
+        words = [*line.format(split, tmp_path / "run/best.pt").split(), *more.split(), str(tmp_path / split)]
+        metrics[split] = train_centerfusion.main([*words, "--data", str(tables_copy)])
+        submissions[split] = json.loads((tmp_path / split / "submission.json").read_text())["results"]
+        assert "no effect here: --dataset\n" in capsys.readouterr().out
+    assert metrics["mini_val"]["loss"] > 0 and metrics["test"] == {}
+    assert set(submissions["mini_val"]) < set(submissions["test"])  # of all scenes
+    for sample, boxes in submissions["mini_val"].items():
+        assert submissions["test"][sample] == boxes
+
+
 @pytest.mark.realdata
 def test_a_real_key_frame_trains(script, shared, tmp_path):
     more = ["--val_split", "mini_train", "--skip-missing", "--cache-dir", tmp_path / "cache", "--max-steps", 1]
@@ -81,17 +106,21 @@ def test_a_real_key_frame_trains(script, shared, tmp_path):
     assert metrics["loss"] > 0 and metrics["velocity"] == 0  # velocities need more than one key frame
 
 
-def test_radar_is_projected_in_full_precision(script, tmp_path, monkeypatch):
-    """Under autocast a matrix product is rounded to bf16, which moves the points by up to 14 pixels."""
+def test_radar_is_projected_in_full_precision_as_pillars_of_the_run(script, tmp_path, monkeypatch):
+    """Under autocast a matrix product is rounded to bf16, which moves the points by up to 14 pixels. --pillar_dims has
+    its effect in training, validation and predict."""
     under_autocast, project = [], radar.project
     monkeypatch.setattr(
         radar, "project", lambda *args: under_autocast.append(torch.is_autocast_enabled("cpu")) or project(*args)
     )
-    script.main(tmp_path, "--max-steps", 1, "--precision", "bf16")
+    pillars, make = [], radar.pillar_map
+    monkeypatch.setattr(radar, "pillar_map", lambda *args: pillars.append(args[-1]) or make(*args))
+    script.main(tmp_path, "--max-steps", 1, "--precision", "bf16", "--pillar_dims", "1,0.4,0.3")
     trained = len(under_autocast)
     predict.main([str(tmp_path / "last.pt"), str(script.data), "--out", str(tmp_path / "out"), "--device", "cpu"])
     assert len(under_autocast) > trained > 0
     assert not any(under_autocast)
+    assert len(pillars) == len(under_autocast) and set(map(tuple, pillars)) == {(1.0, 0.4, 0.3)}
 
 
 def test_flip_test_and_class_weights_change_what_they_should(script, tmp_path):

@@ -57,6 +57,18 @@ def test_the_validation_images_of_a_run_do_not_change(script, tmp_path):
     assert len(others) == 7 and not set(names) <= set(others)
 
 
+def test_published_weights_freeze_two_stages_as_in_torchvision(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.module.pretrained, "init_weights", lambda *_: True)
+    for steps in (1, 2):  # the resumed run does not load them
+        script.main(tmp_path, "--max-steps", steps, "--resume", "auto", "--save-every-steps", 1)
+        assert last(tmp_path)["flags"]["freeze_stages"] == 2
+    first, second = (torch.load(tmp_path / f"step_00000{step}.pt", weights_only=True)["model"] for step in (1, 2))
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert changed and not [
+        name for name in changed if name.startswith(("backbone.body.conv1", "backbone.body.layer1"))
+    ]
+
+
 def test_a_backbone_trained_here_starts_it(script, drawn, tmp_path, capsys):
     Script("backbone", drawn("backbone")).main(tmp_path / "backbone", "--max-steps", 1)
     file = tmp_path / "backbone" / "backbone.pt"
@@ -71,7 +83,8 @@ def test_a_backbone_trained_here_starts_it(script, drawn, tmp_path, capsys):
 def test_the_numbers_on_coco_are_those_of_pycocotools_on_the_written_files(script, drawn, tmp_path):
     """Without a score threshold, so that a hardly trained network detects something on every machine."""
     data = drawn("retinanet")
-    more = ["--dataset", "coco", "--no-freeze-bn", "--batch-size", 4, "--lr", 0.02, "--score-threshold", 0]
+    more = ["--dataset", "coco", "--no-freeze-bn", "--batch-size", 4, "--lr", 0.02, "--warmup-steps", 0]
+    more += ["--score-threshold", 0]
     metrics = script.main(tmp_path / "run", *more, "--max-steps", 25, "--validation-epochs", 99, data=data)
     truth = COCO(str(data / "annotations" / "instances_val2017.json"))
     cases = (("bbox", coco.MEASURES, "detections.json"), ("segm", MASK_MEASURES, "detections_masks.json"))

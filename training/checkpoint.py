@@ -24,7 +24,7 @@ from utils import files, torch_files
 from utils.errors import UsageError
 
 # flags that do not change the training
-NOT_COMPARED = ("resume", "overwrite", "eval_only", "split", "preflight", "config", "workers")
+NOT_COMPARED = ("resume", "overwrite", "eval_only", "split", "preflight", "config", "workers", "no_effect")
 FLAG_OF_PART = {"scaler": "--precision", "ema": "--ema", "plateau": "--scheduler"}  # flags that turn a part on
 # flags that set an argument of a network, where their names differ
 FLAG_OF_ARGUMENT = {"radar": "--pointcloud", "threshold": "--frustum", "max_distance": "--max-pc-dist"}

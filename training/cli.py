@@ -39,7 +39,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         default = action.default
         if default in (None, "", [], argparse.SUPPRESS) or "default:" in action.help:
             return action.help
-        if isinstance(action, argparse.BooleanOptionalAction):
+        if isinstance(action, argparse.BooleanOptionalAction) and isinstance(default, bool):
             default = action.option_strings[not default]  # --x or --no-x
         elif action.nargs == 0:
             return action.help
@@ -113,7 +113,7 @@ class ArgumentParser(argparse.ArgumentParser):
             if word.startswith("--"):
                 flag, equals, value = word.partition("=")
                 if _canonical(flag) not in flags:
-                    options = [option for option, _ in flags.values()]
+                    options = [option for option, action in flags.values() if action.help != argparse.SUPPRESS]
                     self.error(f"unknown flag {flag}{_nearest(flag.replace('_', '-'), options)}")
                 word = flags[_canonical(flag)][0] + equals + value
             words.append(word)
@@ -207,6 +207,11 @@ def auto_count(text: str) -> int | None:
     return None if text == "auto" else count(text)
 
 
+def auto_stages(text: str) -> int | None:
+    """A `type=` for --freeze-stages: 0 to 5, None for auto."""
+    return None if text == "auto" else number(int, 0, max_=5)(text)
+
+
 def numbers(text: str) -> list[float]:
     """A `type=` for flags like `--milestones 80,100`."""
     try:
@@ -270,7 +275,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--batch-size", type=positive, default=4, help="images per step, over all GPUs and processes")
     accumulate = "compute each batch in N micro-batches, to save memory"
     arg("--accumulate", type=positive, default=1, metavar="N", help=accumulate)
-    arg("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd", help="optimizer")
+    arg("--optimizer", "--optim", choices=("sgd", "adam", "adamw"), default="sgd", help="optimizer")
     arg("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of sgd")
     arg("--weight-decay", type=non_negative, default=5e-4, help="weight decay")
     norms = "weight decay of batch norm and biases; default: --weight-decay"
@@ -280,6 +285,8 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--ema", type=number(float, 0, 1), default=0.0, metavar="DECAY", help=ema)
     frozen = "freeze batch norm, statistics and affine parameters"
     arg("--freeze-bn", action=argparse.BooleanOptionalAction, default=False, help=frozen)
+    statistics = "freeze the statistics of batch norm alone; the default of train_retinanet.py"
+    arg("--freeze-bn-stats", dest="freeze_bn", action="store_const", const="stats", default=None, help=statistics)
 
     arg = parser.add_argument_group("learning rate").add_argument
     arg("--lr", "--learning-rate", type=non_negative, default=0.01, help="base learning rate")
@@ -291,7 +298,10 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     in_steps = "the same in steps, such as 150000,300000; replaces --milestones"
     arg("--milestone-steps", type=numbers, metavar="N,N", help=in_steps)
     arg("--gamma", type=non_negative, default=0.1, help="factor of multi-step and plateau")
-    arg("--warmup-steps", type=count, default=0, metavar="N", help="linear warm-up over N steps")
+    warmup = "linear warm-up over N steps; auto: over the first epoch, at most 1001 steps"
+    arg("--warmup-steps", type=auto_count, default=0, metavar="auto|N", help=warmup)
+    factor = "factor of the learning rate at the first step of the warm-up; default: 1 / N"
+    arg("--warmup-factor", type=probability, metavar="X", help=factor)
     intended = "batch size that the learning rates are for; 0: unknown"
     arg("--lr-batch-size", type=count, default=0, metavar="N", help=intended)
     arg("--scale-lr", action="store_true", help="scale the learning rates from --lr-batch-size to --batch-size")
@@ -423,10 +433,11 @@ def add_nuscenes_arguments(parser: ArgumentParser) -> None:
     arg = parser.add_argument_group("data").add_argument
     folders = "folder with v1.0-*/, samples/ and sweeps/"
     arg("--data", "--dataset-root", default="data/nuscenes", help=folders)
-    arg("--version", default="v1.0-trainval", help="folder of the tables: v1.0-trainval or v1.0-mini")
-    train = "train (needs nuscenes-devkit), mini_train, or a text file of scene names"
+    version = "folder of the tables; default: v1.0-mini for mini_*, v1.0-test for test, v1.0-trainval for other splits"
+    arg("--version", default="", help=version)
+    train = "train (needs nuscenes-devkit), trainval, mini_train, or a text file of scene names"
     arg("--train-split", default="train", metavar="SPLIT", help=train)
-    val = "val (needs nuscenes-devkit), mini_val, or a text file of scene names"
+    val = "val (needs nuscenes-devkit), mini_val, or a text file of scene names; with --eval-only also test"
     arg("--val-split", default="mini_val", metavar="SPLIT", help=val)
     arg("--cache-dir", default="", metavar="DIR", help="folder of the parsed tables; default: beside the tables")
     arg("--skip-missing", action="store_true", help="leave out images and radar sweeps whose files are missing")
@@ -437,6 +448,8 @@ def add_nuscenes_arguments(parser: ArgumentParser) -> None:
 def nuscenes_options(args: argparse.Namespace) -> dict:
     """The options of data.nuscenes.load, from the flags that `add_nuscenes_arguments` declared."""
     splits = {"train_split": args.train_split, "val_split": args.val_split}
+    if args.eval_only:
+        splits = {"train_split": "", "val_split": args.split or args.val_split}
     options = {"version": args.version, **splits, "skip_missing": args.skip_missing}
     return {**options, "cache": args.cache_dir or None, "check": args.check_data}
 

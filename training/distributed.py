@@ -368,6 +368,8 @@ def describe(run: Run) -> str:
 
 def _choose_device(device, gpus, world_size):
     """(torch.device, GPU numbers of this process)"""
+    if gpus == "-1":  # CenterNet's word for the CPU
+        device, gpus = "cpu", ""
     one_gpu = re.fullmatch(r"cuda:(\d+)", device)
     if device not in ("auto", "cpu", "cuda") and not one_gpu:
         raise UsageError(f"--device {device}: use auto, cpu, cuda, or one GPU like cuda:1")
@@ -381,7 +383,7 @@ def _choose_device(device, gpus, world_size):
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         reason = "torch sees no GPU (is the driver running?)" if built else "this torch was built without CUDA"
-        raise UsageError(f"{flag}: {reason}; use --device cpu, or install what is missing")
+        raise UsageError(f"{flag}: {reason}; use --device cpu{' instead' if gpus else ''}, or install what is missing")
     if gpus:
         numbers = _gpu_numbers(gpus)
     elif world_size > 1:

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 
-def set_train_mode(net: nn.Module, frozen: Sequence[nn.Module] = (), freeze_bn: bool = False) -> None:
+def set_train_mode(net: nn.Module, frozen: Sequence[nn.Module] = (), freeze_bn: bool | str = False) -> None:
     """Put `net` into training mode, except what is frozen.
 
     frozen      submodules that are not trained: no gradient, batch norm uses its running statistics
-    freeze_bn   the same for every batch norm of the network, affine parameters included
+    freeze_bn   True: the same for every batch norm of the network, affine parameters included; "stats": they use their
+                running statistics, and their affine parameters are trained
     """
     net.train()
     for part in frozen:
@@ -19,7 +20,9 @@ def set_train_mode(net: nn.Module, frozen: Sequence[nn.Module] = (), freeze_bn: 
     if freeze_bn:
         for module in net.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval().requires_grad_(False)
+                module.eval()
+                if freeze_bn != "stats":
+                    module.requires_grad_(False)
 
 
 def build(

@@ -11,6 +11,7 @@ from training.checkpoint import Progress
 from utils.errors import UsageError
 
 PLATEAU_PATIENCE = 3  # epochs
+MAX_AUTO_WARMUP = 1001  # steps, the last of which has the whole learning rate, as in torchvision's references
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Plan:
         self.length = args.steps or self.steps_in(args.epochs)  # --max-steps does not change the schedule
         self.total_steps = 1 if args.preflight else min(self.length, args.max_steps or self.length)
         self.milestones = args.milestone_steps or [self.steps_in(epoch) for epoch in args.milestones]
+        first_epoch = min(MAX_AUTO_WARMUP, int(self.steps_in(1)))
+        self.warmup_steps = first_epoch if args.warmup_steps is None else args.warmup_steps
         self.lr_scale = 1.0
         if not args.eval_only:
             self.lr_scale = lr_scale(args.batch_size, args.lr_batch_size, args.scale_lr, print)
@@ -64,7 +67,7 @@ class Plan:
             factor = schedule.cosine(step, self.steps_in(args.t_max) if args.t_max else self.length)
         elif args.scheduler == "multi-step":
             factor = schedule.multi_step(step, self.milestones, args.gamma)
-        return factor * schedule.warmup(step, args.warmup_steps)
+        return factor * schedule.warmup(step, self.warmup_steps, args.warmup_factor)
 
     def set_lr(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate for the update after `step` steps: each group's `base_lr` times the schedule."""

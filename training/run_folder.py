@@ -68,6 +68,15 @@ class RunFolder:
         self.source = self.checkpoint["file"] if self.checkpoint else args.weights  # of the weights
         self.parts, self.metadata, self.progress, self.fingerprint = {}, {}, Progress(), ""
 
+    def choose(self, flag: str, value: Any) -> Any:
+        """The flag if it was given; if not (None), its value in the run that is continued, or else `value`, which is
+        that of process 0 in all processes. Every process calls this; the flag has its value from then on."""
+        if getattr(self.args, flag) is None:
+            value = self.run.gather(value)[0]
+            saved = self.checkpoint["flags"] if self.checkpoint else {}
+            setattr(self.args, flag, saved.get(flag, value))
+        return getattr(self.args, flag)
+
     def restore(
         self, net: nn.Module, optimizer: Optimizer, ema: Ema, plan: Plan, metadata: Mapping[str, Any]
     ) -> Progress:

@@ -23,9 +23,12 @@ def multi_step(step: int, milestones: Sequence[float], gamma: float) -> float:
     return gamma ** bisect_right(sorted(milestones), step)
 
 
-def warmup(step: int, steps: int) -> float:
-    """Linear from 1 / steps at step 0 to 1 at step `steps - 1`; 1 after that, and always 1 if steps is 0."""
-    return min(1.0, (step + 1) / steps) if steps > 0 else 1.0
+def warmup(step: int, steps: int, start: float | None = None) -> float:
+    """Linear from `start` (None: 1 / steps) at step 0 to 1 at step `steps - 1`; 1 after that, and for steps below 2."""
+    if step >= steps - 1:
+        return 1.0
+    start = 1 / steps if start is None else start
+    return start + (1 - start) * step / (steps - 1)
 
 
 class Plateau:

@@ -70,7 +70,7 @@ def load_penn_fudan(
     *,
     classes: Sequence[str] | None = None,
     seed: int = 0,
-    val_share: float = 0.2,
+    val_share: float = 0.294,
     split_seed: int = 0,
     held_out: Sequence[str] | None = None,
     val_only: bool = False,

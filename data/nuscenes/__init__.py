@@ -17,7 +17,7 @@ from data import checks
 from data.files import shortened
 from data.nuscenes import tables
 from data.nuscenes.dataset import NuScenesDataset, RadarOptions
-from data.nuscenes.splits import available, scenes_of
+from data.nuscenes.splits import WHOLE, available, scenes_of, version_of
 from utils.errors import DataError
 
 __all__ = ["NuScenesDataset", "RadarOptions", "load", "load_available", "load_split"]
@@ -28,16 +28,25 @@ def load(
 ) -> tuple[NuScenesDataset, NuScenesDataset, list[DataError]]:
     """(train, val, errors) of two splits; options: see `load_split`.
 
-    check   for --check-data: missing files are among the errors instead of raised
+    version       "": of each split the version that has it, see splits.version_of
+    train_split   "": train is val, the same object, for an evaluation, which needs no other
+    check         for --check-data: missing files are among the errors instead of raised
+
+    Raises DataError as `load_split` does, and for a split to train on that has no annotations.
     """
     options["skip_missing"] = check or options.get("skip_missing", False)
-    train, val = (load_split(root, version, split, **options) for split in (train_split, val_split))
+    val = load_split(root, version, val_split, **options)
+    train = load_split(root, version, train_split, **options) if train_split else val
+    for dataset in (train, val):
+        if train_split and not dataset.annotated:
+            reason = f"{dataset.version} has no annotations: only --eval-only and predict.py can use it"
+            raise DataError(f"split {dataset.split}", "", f"{reason}; give --train-split train --val-split val")
     return train, val, checks.unique([*train.errors(missing=check), *val.errors(missing=check)])
 
 
 def load_split(
     root: str | Path,
-    version: str = "v1.0-trainval",
+    version: str = "",
     split: str = "train",
     radar: RadarOptions | None = None,
     *,
@@ -48,8 +57,10 @@ def load_split(
 ) -> NuScenesDataset:
     """The images of one split.
 
-    split          mini_train or mini_val; the name of a text file in ROOT/{version}, or the path of any such file, with
-                   a scene name per line; train, val, test and others if nuscenes-devkit is installed
+    version        "": the one that has the split, see splits.version_of
+    split          mini_train or mini_val; all scenes of v1.0-trainval or v1.0-test: trainval, test; the name of a text
+                   file in ROOT/{version}, or the path of any such file, with a scene name per line; train, val and
+                   others if nuscenes-devkit is installed
     radar          which points to read; None: RadarOptions()
     skip_missing   leave out images and radar sweeps whose file is missing; False: raise a DataError that lists them
     cache          folder for the parsed tables; None: `root`
@@ -57,8 +68,10 @@ def load_split(
 
     Raises DataError where tables are missing or damaged, and where no image is left.
     """
+    version = version or version_of(root, split)
     content = tables.load(root, version, cache, print)
-    scenes = np.flatnonzero(np.isin(content.scene_names, scenes_of(split, Path(root) / version)))
+    names = content.scene_names if (version, split) in WHOLE else scenes_of(split, Path(root) / version)
+    scenes = np.flatnonzero(np.isin(content.scene_names, names))
     if not len(scenes):
         names = shortened(content.scene_names.tolist())
         raise DataError(Path(root) / version, "", f"has no scene of the split {split}; it has {names}")

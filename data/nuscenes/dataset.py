@@ -99,6 +99,11 @@ class NuScenesDataset(SeededDataset):
     def __len__(self) -> int:
         return len(self.frames)
 
+    @property
+    def annotated(self) -> bool:
+        """Whether the tables have annotations; those of v1.0-test have none."""
+        return not self.version.endswith("test")
+
     def path(self, frame: int) -> str:
         return os.path.join(self.root, self.tables.frame_paths[frame])
 

@@ -11,6 +11,8 @@ from utils.errors import DataError
 from utils.nuscenes import MINI_TRAIN, MINI_VAL, devkit_is_installed
 
 SPLITS = {"mini_train": MINI_TRAIN, "mini_val": MINI_VAL}
+VERSIONS_OF_SPLIT = {"test": ("v1.0-test",)} | dict.fromkeys(SPLITS, ("v1.0-mini", "v1.0-trainval"))
+WHOLE = {("v1.0-trainval", "trainval"), ("v1.0-test", "test")}  # (version, split) with all scenes of the tables
 SPLITS_OF_VERSION = {"v1.0-mini": ("mini_val", "mini_train"), "v1.0-trainval": ("val", "train"), "v1.0-test": ("test",)}
 
 
@@ -30,6 +32,12 @@ def scenes_of(split: str, folder: Path) -> Sequence[str]:
     if split not in official:
         raise DataError(f"split {split}", "", f"no such split; choose one of {', '.join(official)}")
     return official[split]
+
+
+def version_of(root: str | Path, split: str) -> str:
+    """The version to read a split from: the first that exists of those that have it; v1.0-trainval for most splits."""
+    versions = VERSIONS_OF_SPLIT.get(split, ("v1.0-trainval",))
+    return next((version for version in versions if (Path(root) / version).is_dir()), versions[0])
 
 
 def available(root: str | Path, version: str = "", split: str = "") -> tuple[str, tuple[str, ...]]:

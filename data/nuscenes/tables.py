@@ -71,7 +71,7 @@ def load(
     folder = Path(root) / version
     if not folder.is_dir():
         versions = ", ".join(sorted(path.name for path in Path(root).glob("v1.0-*"))) or "none"
-        raise DataError(folder, "", f"no such folder of tables; versions in {root}: {versions}")
+        raise DataError(folder, "", f"no such folder of tables; versions in {root}: {versions}; choose splits of those")
     required = TABLES if version.endswith("test") else TABLES + ANNOTATION_TABLES
     missing = [f"{name}.json" for name in required if not (folder / f"{name}.json").is_file()]
     if missing:

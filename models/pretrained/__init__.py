@@ -44,17 +44,18 @@ def init_weights(
     backbone_weights: str = "none",
     download: bool = True,
     strict: bool = False,
-    freeze_bn: bool = False,
+    freeze_bn: bool | str = False,
     print: Callable[[str], object] = print,
-) -> None:
-    """Load the weights that training starts from, and print what was loaded.
+) -> bool:
+    """Load the weights that training starts from, and print what was loaded. Returns whether they are published ones
+    that were requested by name; False in processes that do not download.
 
     weights            "none"; "auto" or "coco": the published weights of the network; "imagenet": those of its
                        backbone; or a file of the network or its backbone, ours or published
     backbone_weights   "none"; "auto" or "imagenet": torchvision's ImageNet weights; or a file of the backbone
     download           False in all processes except the main one, which sends its weights to the others later
     strict             for an evaluation: a backbone only, or weights of other classes, are an error
-    freeze_bn          whether batch norm will be frozen, which a network without weights cannot learn with
+    freeze_bn          of optim.set_train_mode: a network without weights cannot learn with a frozen batch norm
 
     Where both are "auto", the backbone is loaded only if the network has no published weights. Raises WeightsError if a
     file does not fit or weights requested by name cannot be loaded; if "auto" finds none, a warning is printed.
@@ -62,15 +63,18 @@ def init_weights(
     family = FAMILY_OF.get(type(net), backbones)
     if weights not in ("none", "auto") and backbone_weights not in ("none", "auto"):
         raise WeightsError(f"--weights {weights} and --backbone-weights {backbone_weights}: give one of them")
-    hint = NORM_HINT * freeze_bn
+    hint = NORM_HINT if freeze_bn else ""
     if weights == backbone_weights == "none":
         print(f"no weights to start from: training from scratch{hint}")
     elif weights not in ("none", *DOWNLOADS):
         _load_file(net, family, weights, strict, print)
     elif backbone_weights not in ("none", *DOWNLOADS):
         print(f"{backbone_weights}: {family.load_backbone(net, backbone_weights)}")
-    elif download and not _load_published(net, family, weights, backbone_weights, strict, print):
+    elif download:
+        if _load_published(net, family, weights, backbone_weights, strict, print):
+            return True
         print(f"WARNING: no weights to start from: TRAINING FROM SCRATCH (--weights none is without warning){hint}")
+    return False
 
 
 def load(path_or_state_dict: str | Path | dict, source: str | None = None) -> nn.Module:

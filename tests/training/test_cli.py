@@ -246,14 +246,14 @@ def test_options_of_data_sets_come_from_the_flags():
     parser = cli.ArgumentParser("train.py", "")
     cli.add_nuscenes_arguments(parser)
     cli.add_data_arguments(parser)
-    assert cli.nuscenes_options(parser.parse(["--val_split", "val", "--check-data"])) == {
-        "version": "v1.0-trainval",
-        "train_split": "train",
-        "val_split": "val",
-        "skip_missing": False,
-        "cache": None,
-        "check": True,
-    }
+    cli.add_run_arguments(parser)
+    common = {"version": "", "skip_missing": False, "cache": None}
+    for words, expected in (
+        ("--val_split val --check-data", {"train_split": "train", "val_split": "val", "check": True}),
+        ("--val_split val --eval-only", {"train_split": "", "val_split": "val", "check": False}),
+        ("--split test --eval-only", {"train_split": "", "val_split": "test", "check": False}),
+    ):
+        assert cli.nuscenes_options(parser.parse(words.split())) == common | expected
 
 
 def test_map50_is_ap50_or_the_map_of_voc_and_nothing_else():

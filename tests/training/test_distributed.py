@@ -279,7 +279,8 @@ def test_choice_of_gpus(monkeypatch):
         choose(world_size=4)
     with pytest.raises(UsageError, match="--device cuda:1 under torchrun"):
         choose("cuda:1", world_size=2)
-    for bad in ("0,0", "a", "0,", "-1"):
+    assert choose(gpus="-1") == (torch.device("cpu"), ())
+    for bad in ("0,0", "a", "0,", "-2"):
         with pytest.raises(UsageError, match="different GPU numbers separated by commas"):
             choose(gpus=bad)
     with pytest.raises(UsageError, match="--gpus 0,5: there is no GPU 5; this machine has 2"):

@@ -73,6 +73,19 @@ def test_frozen_batch_norm_keeps_statistics_and_affine_parameters():
     assert net["body"][0].weight.grad is not None
 
 
+def test_frozen_statistics_alone_leave_the_affine_parameters_trained():
+    net = network()
+    optim.set_train_mode(net, frozen=[net["head"]], freeze_bn="stats")
+    assert set(groups_of(net)) == {"body weights", "body norms"}
+    norm = net["body"][1]
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    optimizer = torch.optim.SGD(net["body"].parameters(), lr=1.0)
+    net["body"](torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    changed = {name for name, value in norm.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"weight", "bias"}
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("clip_norm", "change"), [(0.0, 5.0), (1.0, 1.0)])
 def test_a_step_clips_the_unscaled_gradient_and_zeroes_it(scaled, clip_norm, change):

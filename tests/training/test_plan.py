@@ -118,6 +118,13 @@ def test_the_schedule_is_in_epochs_or_in_steps():
     assert plan("--scheduler cosine --epochs 2 --warmup-steps 10").lr_factor(5) == pytest.approx(0.5 * 0.6)
 
 
+def test_an_automatic_warmup_is_the_first_epoch():
+    auto = "--scheduler constant --warmup-steps auto"
+    assert [plan(auto).lr_factor(step) for step in (0, 3, 4, 5)] == pytest.approx([0.2, 0.8, 1, 1])  # 5 steps
+    assert plan(f"{auto} --warmup-factor 0.001").lr_factor(0) == 0.001
+    assert plan(f"{auto} --batch-size 1", 5000).warmup_steps == 1001
+
+
 def test_max_steps_does_not_change_the_schedule():
     assert plan("--scheduler cosine --epochs 2 --max-steps 3").lr_factor(5) == pytest.approx(0.5)
 

@@ -42,6 +42,17 @@ def save(folder, step, copies=(), keep=0):
     small_run.save(folder, parts, progress, copies, keep)
 
 
+def test_a_flag_that_was_not_given_is_that_of_the_run_or_chosen(run, tmp_path):
+    args = small_run.flags(f"--model-dir {tmp_path / 'run'}")
+    args.freeze_bn = None
+    assert RunFolder(args, run).choose("freeze_bn", "stats") == args.freeze_bn == "stats"
+    args.freeze_bn = False
+    assert RunFolder(args, run).choose("freeze_bn", "stats") is False
+    continued, args.freeze_bn = RunFolder(args, run), None
+    continued.checkpoint = {"flags": {"freeze_bn": True}}
+    assert continued.choose("freeze_bn", "stats") is args.freeze_bn is True
+
+
 def test_two_checkpoints_and_the_copies_are_kept(folder):
     assert (read_step(folder / "last.pt"), read_step(folder / "previous.pt")) == (4, 2)
     save(folder, 6, copies=["best.pt", "epoch_003.pt", "step_000006.pt"])

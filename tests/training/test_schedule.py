@@ -23,7 +23,17 @@ def test_multi_step_falls_at_the_milestone_itself():
 
 def test_warmup_is_never_zero_and_ends_at_one():
     assert [schedule.warmup(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert schedule.warmup(0, 0) == 1.0
+    assert schedule.warmup(0, 0) == schedule.warmup(0, 1, 0.001) == 1.0
+
+
+@pytest.mark.parametrize("steps", [2, 60, 1001])
+def test_warmup_from_a_factor_is_that_of_torchvision_s_references(steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.001, total_iters=min(1000, steps - 1))
+    for step in range(steps + 2):
+        assert schedule.warmup(step, steps, 0.001) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
 
 
 def test_plateau_lowers_the_rate_as_torch_does():

@@ -6,7 +6,8 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 from data import nuscenes
-from data.nuscenes import splits
+from data.nuscenes import splits, tables
+from tests.small_nuscenes import SmallNuScenes
 from utils.errors import DataError
 
 
@@ -72,3 +73,30 @@ def test_the_first_split_with_images_is_loaded(small, tmp_path):
 def test_key_frames_are_evenly_spaced(small, count, expected):
     selected = splits.select_key_frames(load(small, "mini_train"), count)
     assert selected == [(f"scene-0061_{number:03d}", list(range(6 * number, 6 * number + 6))) for number in expected]
+
+
+def test_the_split_chooses_the_version(tmp_path):
+    expected = {"mini_train": "v1.0-mini", "mini_val": "v1.0-mini", "test": "v1.0-test", "val": "v1.0-trainval"}
+    assert {split: splits.version_of(tmp_path, split) for split in expected} == expected
+    (tmp_path / "v1.0-trainval").mkdir()  # it has the scenes of v1.0-mini too
+    assert splits.version_of(tmp_path, "mini_val") == "v1.0-trainval"
+    assert splits.version_of(tmp_path, "test") == "v1.0-test"
+    (tmp_path / "v1.0-mini").mkdir()
+    assert splits.version_of(tmp_path, "mini_val") == "v1.0-mini"
+
+
+def test_an_evaluation_reads_the_validation_split_alone(small):
+    train, val, errors = nuscenes.load(small.root, "", "", "mini_val", print=len)
+    assert train is val and (val.version, val.split, len(val)) == ("v1.0-mini", "mini_val", 18)
+    assert errors == val.errors()
+
+
+def test_a_version_without_annotations_is_evaluated_and_not_trained_on(tmp_path):
+    small = SmallNuScenes(tmp_path)
+    (small.root / "v1.0-mini").rename(small.root / "v1.0-test")
+    for table in tables.ANNOTATION_TABLES:
+        (small.root / "v1.0-test" / f"{table}.json").unlink()
+    _, val, errors = nuscenes.load(small.root, "", "", "test", print=len)  # all its scenes, without the devkit
+    assert not val.annotated and len(val) == 36 and not errors and not val.class_counts().any()
+    with pytest.raises(DataError, match=r"split test: v1\.0-test has no annotations.*--train-split train"):
+        nuscenes.load(small.root, "", "test", "test", print=len)

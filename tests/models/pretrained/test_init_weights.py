@@ -150,6 +150,9 @@ def test_auto_loads_the_published_network(downloads, tmp_path):
     (line,) = init(net, "auto", "auto")
     assert line.startswith("published weights of mb1-ssd: checkpoint 21 classes, data 3") and "190 of 202" in line
     torch.testing.assert_close(net.base_net[5][0].weight, source.base_net[5][0].weight, rtol=0, atol=0)
+    assert pretrained.init_weights(net, "auto", "auto", print=len)  # published weights were loaded
+    assert not pretrained.init_weights(net, str(tmp_path / "mb1.pth"), print=len)
+    assert not pretrained.init_weights(build("centerfusion"), "auto", print=len)
 
 
 def test_auto_falls_back_to_the_backbone(downloads, resnet18_file):
