@@ -217,8 +217,8 @@ def describe(task, image, prediction, categories, info):
         return drawn, prediction_files.boxes_3d(prediction, categories, info)
     if task == "masks":
         (prediction,) = paste_masks([prediction], [image.shape[-2:]])
-    boxes, masks = prediction["boxes"], prediction.get("masks")
-    drawn = draw2d.draw_boxes(image, boxes, prediction["labels"], names, prediction["scores"], masks)
+    objects = (prediction.get(name) for name in ("scores", "masks"))
+    drawn = draw2d.draw_boxes(image, prediction["boxes"], prediction["labels"], names, *objects, draw2d.MIN_SIDE)
     return drawn, prediction_files.coco(prediction, categories, info)
 
 

@@ -12,6 +12,7 @@ from torchvision.utils import make_grid
 
 from visualize import fonts
 
+MIN_SIDE = 640  # pixels of the longer side of an annotated image: in smaller ones texts would cover the objects
 CAPTION_HEIGHT, CAPTION_SIZE = 18, 12  # pixels of the line under a thumbnail, and of its font
 GRAY, DARK_GREEN, RED = (60, 60, 60), (0, 110, 0), (180, 0, 0)
 Color = tuple[int, int, int]
@@ -60,16 +61,22 @@ def draw_boxes(
     classes: Sequence[str],
     scores: torch.Tensor | None = None,
     masks: torch.Tensor | None = None,
+    min_side: int = 0,
 ) -> torch.Tensor:
     """`image` uint8 [3,H,W] with boxes [M,4] xyxy pixels, each with its class name and, if given, its score and mask.
 
-    masks   bool [M,H,W], drawn translucent with a solid edge
+    masks      bool [M,H,W], drawn translucent with a solid edge
+    min_side   of the longer side in pixels, to which smaller images are enlarged
 
     Boxes have one color per class; with masks each object has its own. A box whose text would cover that of a higher
     score has no text.
     """
+    image, zoom = enlarged(image, min_side)
     if not len(boxes):
         return image
+    boxes = boxes * zoom
+    if masks is not None and zoom > 1:
+        masks = F.resize_mask(masks.to(torch.uint8), list(image.shape[-2:])).bool()
     order = torch.arange(len(boxes)) if scores is None else scores.argsort(descending=True)
     boxes, labels = boxes[order], labels[order].tolist()
     texts = [classes[label] for label in labels]
@@ -85,6 +92,14 @@ def draw_boxes(
         pen.rectangle(box, outline=color, width=width)
     draw_labels(pen, drawn.size, boxes, texts, colors)
     return F.pil_to_tensor(drawn)
+
+
+def enlarged(image: torch.Tensor, min_side: int = MIN_SIDE) -> tuple[torch.Tensor, float]:
+    """(image, zoom) of uint8 [3,H,W]: enlarged if its longer side is less than `min_side` pixels, else itself and 1."""
+    zoom = max(1.0, min_side / max(image.shape[-2:]))
+    if zoom > 1:
+        image = F.resize_image(image, [round(side * zoom) for side in image.shape[-2:]], antialias=True)
+    return image, zoom
 
 
 def draw_masks(
@@ -131,8 +146,14 @@ def draw_labels(
             if not any(_overlap((x, y, x + width, y + height), other) for other in taken):
                 taken.append((x, y, x + width, y + height))
                 pen.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
-                pen.text((x + 2 - left, y + 2 - top), text, fill=(0, 0, 0), font=font)
+                pen.text((x + 2 - left, y + 2 - top), text, fill=_readable_on(color), font=font)
                 break
+
+
+def _readable_on(color):
+    """Black, or white on a dark color."""
+    red, green, blue = color
+    return (255, 255, 255) if 0.3 * red + 0.59 * green + 0.11 * blue < 90 else (0, 0, 0)
 
 
 def _overlap(a, b):

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as F
 
 from ops.geometry import apply_affine, corners, project, project_boxes
-from visualize.draw2d import class_color, draw_labels
+from visualize.draw2d import class_color, draw_labels, enlarged
 
 # ends of the edges of a box, in the order of ops.geometry.corners: the front, the back, between them
 EDGES = [(0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7)]
@@ -74,11 +74,12 @@ def draw_key_frame(
 def draw_image(
     image: torch.Tensor, detections: Mapping[str, torch.Tensor], calib: torch.Tensor, names: Sequence[str]
 ) -> torch.Tensor:
-    """`image` uint8 [3,H,W] with 3D boxes and their class, score and distance; same shape.
+    """`image` uint8 [3,H,W] with 3D boxes and their class, score and distance; enlarged if it is small.
 
     detections   see ops.decode3d; calib [3,4] of the image; names of the classes
     """
-    _, corners, depth = project_boxes(detections, calib, torch.eye(2, 3))
+    image, zoom = enlarged(image)
+    _, corners, depth = project_boxes(detections, calib, torch.eye(2, 3) * zoom)
     points = torch.zeros(0, 2)  # no radar
     texts = _texts(detections, names)
     return draw_camera(image, corners, depth, detections["labels"], points, points[:, 0], texts=texts)

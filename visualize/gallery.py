@@ -1,5 +1,6 @@
 """The output folder of predict.py: annotated images and videos, a contact sheet, and a line about the speed."""
 
+import io
 import os
 import sys
 import time
@@ -116,11 +117,7 @@ class Gallery:
 
     def _save(self, image, stem):
         path = self._claim_free(stem, ".jpg")
-        try:
-            F.to_pil_image(image).save(path, quality=92)
-        except OSError:
-            path.unlink(missing_ok=True)  # the beginning of an image
-            raise
+        _write_jpeg(path, image)
         return path.stem
 
     def _add_to_video(self, image, stem, frame, key):
@@ -149,7 +146,7 @@ class Gallery:
         with self.writing():
             self._close_video()
             if self._thumbnails:
-                F.to_pil_image(contact_sheet(self._thumbnails)).save(self._sheet, quality=92)
+                _write_jpeg(self._sheet, contact_sheet(self._thumbnails))
         if self._count:
             rate, overall = self._count / self._seconds, self._count / (time.perf_counter() - self._start)
             print(f"{self._count} images, {rate:.1f} per second in the network, {overall:.1f} overall")
@@ -157,3 +154,14 @@ class Gallery:
         if self._errors:
             count = f"{len(self._errors)} file{'s' * (len(self._errors) > 1)}"
             raise UsageError(f"{count} could not be read, see above; all others are done")
+
+
+def _write_jpeg(path, image):
+    """Write uint8 [3,H,W]. Not by Pillow, which does not notice that a disk takes a part of the file only."""
+    encoded = io.BytesIO()
+    F.to_pil_image(image).save(encoded, "JPEG", quality=92)
+    try:
+        path.write_bytes(encoded.getbuffer())
+    except OSError:
+        path.unlink(missing_ok=True)  # the beginning of an image
+        raise
