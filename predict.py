@@ -196,8 +196,9 @@ def predictor(net, task, calib):
     """A function of (net, images, run, threshold, labels) that returns a prediction for each image."""
     if task != "fusion":
         return classify if task == "classes" else detect
-    radar = "trained with radar, it runs as if none came back: " if net.arguments["radar"] else ""
-    line = f"camera alone, no radar: {radar}depth and velocity are less certain"
+    line = "a camera alone, without radar"
+    if net.arguments["radar"]:
+        line += ": this network was trained with radar, and now depth and velocity come from the image"
     if calib is None:
         line += f"; no --calib: a focal length of {cameras.USUAL_FOCAL_LENGTH} image widths is assumed"
     print(line)
@@ -238,7 +239,7 @@ def predict_images(net, task, names, args, run, threshold, labels):
     predict = predictor(net, task, cameras.read_calib(args.calib) if args.calib else None)
     gallery, every, counter = Gallery(args.out, args.overwrite, args.save_frames), args.every or 1, itertools.count(1)
     path, images_path = (gallery.claim(name) for name in (JSON_FILES.get(task, "detections.json"), "images.json"))
-    images_json = prediction_files.images_json(images_path, categories)
+    images_json = prediction_files.images_json(images_path, categories, {"radar": False} if task == "fusion" else {})
     with StopSignals(run) as stop, gallery.writing(), prediction_files.JsonList(path) as rows, images_json as infos:
         frames = video_input.read_images(sources, every, gallery.report)
         frames = itertools.takewhile(lambda _: not stop.requested(), frames)

@@ -54,10 +54,10 @@ class JsonList:
             self._temporary.unlink(missing_ok=True)
 
 
-def images_json(path: Path, categories: Sequence[Mapping]) -> JsonList:
-    """The list of images of a COCO file with these categories and without annotations."""
+def images_json(path: Path, categories: Sequence[Mapping], info: Mapping) -> JsonList:
+    """The list of images of a COCO file with these categories and "info", and without annotations."""
     listed = json.dumps([category for category in categories if category["id"] is not None])
-    return JsonList(path, f'{{"categories": {listed}, "annotations": [], "images": ', "}")
+    return JsonList(path, f'{{"info": {json.dumps(info)}, "categories": {listed}, "annotations": [], "images": ', "}")
 
 
 def categories(names: Sequence[str]) -> list[dict]:
