@@ -11,7 +11,7 @@ from utils.errors import DataError, UsageError
 # Focal length in widths of the image without a calibration: 1200 pixels for nuScenes' 1600, as CenterTrack and
 # CenterFusion assume for images without one. Its front cameras have 0.79, the rear one has 0.51.
 USUAL_FOCAL_LENGTH = 0.75
-KEYS = ("calib", "P2", "camera_intrinsic", "camera_matrix")  # of a JSON object; camera_intrinsic is nuScenes'
+KEYS = {"calib", "P2", "camera_intrinsic", "camera_matrix"}  # of a JSON object; camera_intrinsic is nuScenes'
 FORMATS = "9 or 12 numbers, row by row, as text or JSON; or KITTI's calibration file, of which P2 is used"
 
 
@@ -25,7 +25,7 @@ def read_calib(path: str | Path) -> torch.Tensor:
         values = _numbers(text)
     except OSError as error:
         raise DataError(path, "", f"{error.strerror}; give a file with a camera matrix: {FORMATS}") from None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError):
         raise DataError(path, "", f"is no camera matrix: {FORMATS}") from None
     if values.numel() not in (9, 12):
         raise DataError(path, "", f"has {values.numel()} numbers; a camera matrix is {FORMATS}")
@@ -41,14 +41,15 @@ def read_calib(path: str | Path) -> torch.Tensor:
 
 
 def _numbers(text):
-    """All numbers of a file's matrix, a flat tensor. ValueError, TypeError or KeyError if it has none."""
+    """All numbers of a file's matrix, a flat tensor. ValueError or TypeError if it has none."""
     try:
         value = json.loads(text)
     except ValueError:
         match = re.search(r"^P2:(.*)$", text, re.MULTILINE)
         return torch.tensor([float(word) for word in re.split(r"[\s,;]+", match[1] if match else text) if word])
     if isinstance(value, dict):
-        value = next(value[key] for key in KEYS if key in value)
+        (key,) = KEYS & value.keys()
+        value = value[key]
     return torch.tensor(value, dtype=torch.float32).flatten()
 
 

@@ -64,8 +64,8 @@ class Gallery:
         path = self.out / name
         if path.exists():
             raise UsageError(
-                f"--out {self.out}: contains a {name} that is not of an earlier prediction; move it away, or "
-                "name another folder"
+                f"--out {self.out}: contains {name}, which is not of an earlier prediction; move it away, or name "
+                "another folder"
             )
         with open(self.out / OWN_FILES, "a", encoding="utf-8", errors="surrogateescape") as record:
             record.write(f"{name}\n")
