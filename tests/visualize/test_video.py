@@ -66,3 +66,4 @@ def test_a_video_that_cannot_be_written(tmp_path):
     writer = VideoWriter(tmp_path / "none" / "a.mp4", Fraction(10))
     with pytest.raises(OSError, match="No such file"):
         writer.add(image(200), 0)
+        writer.close()
