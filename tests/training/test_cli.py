@@ -200,7 +200,7 @@ def test_scores_in_percent_are_told_so(text, reason):
 
 def test_flags_without_effect_are_refused():
     args = argparse.Namespace(samples=0, cache_dir=None, save_frames=False, every=None)
-    with pytest.raises(UsageError, match="^--samples: is for others$"):
+    with pytest.raises(UsageError, match=r"^--samples: is for others$"):
         cli.refuse(args, vars(args), "is for others")
     cli.refuse(args, ("cache_dir", "save_frames", "every"), "is for others")
 
