@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 setup: .venv/done
 
-.venv/done: requirements.txt requirements-dev.txt requirements-export.txt
+.venv/done: requirements.txt requirements-dev.txt requirements-export.txt requirements-video.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
@@ -16,7 +16,7 @@ setup: .venv/done
 demo: setup
 	$(BIN)/python -m synthetic voc runs/demo_data --images 500 --seed 0
 	$(BIN)/python train_ssd.py --config configs/ssd_demo.toml --data runs/demo_data --model-dir runs/demo --overwrite
-	$(BIN)/python predict.py runs/demo/best.pt runs/demo_data/JPEGImages/0004[89]*.jpg --out runs/demo/predictions
+	$(BIN)/python predict.py runs/demo/best.pt runs/demo_data/JPEGImages/0004[89]*.jpg --out runs/demo/predictions --overwrite
 
 # Backbone, a detector that starts from it, predictions, ONNX.
 chain: setup
@@ -24,7 +24,7 @@ chain: setup
 	$(BIN)/python train_backbone.py --config configs/backbone_small.toml --data runs/data/shapes --model-dir runs/shapes --overwrite
 	$(BIN)/python -m synthetic coco runs/data/coco --images 500
 	$(BIN)/python train_retinanet.py --config configs/retinanet_small.toml --data runs/data/coco --backbone-weights runs/shapes/backbone.pt --epochs 5 --model-dir runs/chain --overwrite
-	$(BIN)/python predict.py runs/chain/best.pt runs/data/coco/val2017 --out runs/chain/predictions
+	$(BIN)/python predict.py runs/chain/best.pt runs/data/coco/val2017 --out runs/chain/predictions --overwrite
 	$(BIN)/python export.py runs/chain/best.pt --size 160 224 --nms --out runs/chain/retinanet.onnx
 
 # One process per core: each test uses one thread.

@@ -45,7 +45,7 @@ def train(name: str) -> None:
 def predict(name: str, *words: object) -> Path:
     """The folder that predict.py has filled with the best checkpoint of a run."""
     out = WORK / "predictions" / name
-    run("predict", WORK / name / "best.pt", *words, "--out", out)
+    run("predict", WORK / name / "best.pt", *words, "--out", out, "--overwrite")
     return out
 
 

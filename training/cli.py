@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from training import saved_flags
@@ -200,6 +200,27 @@ def number(kind: type, min_: float, below: float | None = None, max_: float | No
 
 count, positive = number(int, 0), number(int, 1)
 non_negative, probability = number(float, 0), number(float, 0, max_=1)
+
+
+def score(text: str) -> float:
+    """A `type=` for scores from 0 to 1, which other programs give in percent."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if 1 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is above 1: scores are 0 to 1, and {text} % is {value / 100:g}")
+    return probability(text)
+
+
+def refuse(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """UsageError "--flag: reason" if one of the flags `names` is given, which would have no effect. Those that are not
+    must be None or False."""
+    given = [
+        f"--{name.replace('_', '-')}" for name in names if not any(getattr(args, name) is off for off in (None, False))
+    ]
+    if given:
+        raise UsageError(f"{', '.join(given)}: {reason}")
 
 
 def auto_count(text: str) -> int | None:

@@ -5,11 +5,14 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch.nn.functional import max_pool2d
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
 
+from visualize import fonts
+
+MIN_SIDE = 640  # pixels of the longer side of an annotated image: in smaller ones texts would cover the objects
 CAPTION_HEIGHT, CAPTION_SIZE = 18, 12  # pixels of the line under a thumbnail, and of its font
 GRAY, DARK_GREEN, RED = (60, 60, 60), (0, 110, 0), (180, 0, 0)
 Color = tuple[int, int, int]
@@ -58,18 +61,26 @@ def draw_boxes(
     classes: Sequence[str],
     scores: torch.Tensor | None = None,
     masks: torch.Tensor | None = None,
+    min_side: int = 0,
 ) -> torch.Tensor:
     """`image` uint8 [3,H,W] with boxes [M,4] xyxy pixels, each with its class name and, if given, its score and mask.
 
-    masks   bool [M,H,W], drawn translucent with a solid edge
+    masks      bool [M,H,W], drawn translucent with a solid edge
+    min_side   of the longer side in pixels, to which smaller images are enlarged
 
-    Boxes have one color per class. A box whose text would cover that of a higher score has no text.
+    Boxes have one color per class; with masks each object has its own. A box whose text would cover that of a higher
+    score has no text.
     """
+    image, zoom = enlarged(image, min_side)
     if not len(boxes):
         return image
+    boxes = boxes * zoom
+    if masks is not None and zoom > 1:
+        masks = F.resize_mask(masks.to(torch.uint8), list(image.shape[-2:])).bool()
     order = torch.arange(len(boxes)) if scores is None else scores.argsort(descending=True)
     boxes, labels = boxes[order], labels[order].tolist()
-    texts, colors = [classes[label] for label in labels], [class_color(label) for label in labels]
+    texts = [classes[label] for label in labels]
+    colors = [class_color(number) for number in (labels if masks is None else order.tolist())]
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores[order].tolist())]
     width = max(2, round(max(image.shape[-2:]) / 300))
@@ -81,6 +92,14 @@ def draw_boxes(
         pen.rectangle(box, outline=color, width=width)
     draw_labels(pen, drawn.size, boxes, texts, colors)
     return F.pil_to_tensor(drawn)
+
+
+def enlarged(image: torch.Tensor, min_side: int = MIN_SIDE) -> tuple[torch.Tensor, float]:
+    """(image, zoom) of uint8 [3,H,W]: enlarged if its longer side is less than `min_side` pixels, else itself and 1."""
+    zoom = max(1.0, min_side / max(image.shape[-2:]))
+    if zoom > 1:
+        image = F.resize_image(image, [round(side * zoom) for side in image.shape[-2:]], antialias=True)
+    return image, zoom
 
 
 def draw_masks(
@@ -116,9 +135,9 @@ def draw_labels(
 
     size (w, h) of the image in pixels; boxes: lists of left, top, right, bottom
     """
-    font = ImageFont.load_default(max(11, round(max(size) / 60)))
-    taken = []
+    font_size, taken = max(11, round(max(size) / 60)), []
     for (x1, y1, x2, y2), text, color in zip(boxes, texts, colors):
+        text, font = fonts.fitting(text, font_size)
         left, top, right, bottom = font.getbbox(text)
         width, height = right - left + 4, bottom - top + 4
         rows, columns = (y1 - height, y2 + 1, y1, y2 - height, (y1 + y2 - height) / 2), (x1, x2 - width)
@@ -127,8 +146,14 @@ def draw_labels(
             if not any(_overlap((x, y, x + width, y + height), other) for other in taken):
                 taken.append((x, y, x + width, y + height))
                 pen.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
-                pen.text((x + 2 - left, y + 2 - top), text, fill=(0, 0, 0), font=font)
+                pen.text((x + 2 - left, y + 2 - top), text, fill=_readable_on(color), font=font)
                 break
+
+
+def _readable_on(color):
+    """Black, or white on a dark color."""
+    red, green, blue = color
+    return (255, 255, 255) if 0.3 * red + 0.59 * green + 0.11 * blue < 90 else (0, 0, 0)
 
 
 def _overlap(a, b):
@@ -150,7 +175,8 @@ def draw_classes(
     for row, (label, score) in enumerate(zip(labels.tolist(), scores.tolist())):
         pen.rectangle((0, row * height + 1, score * (width - 1), (row + 1) * height - 2), fill=class_color(label))
         middle, text = row * height + height / 2, shortened(classes[label], width - 5 * font_size, font_size)
-        pen.text((4, middle), text, fill=(0, 0, 0), font_size=font_size, anchor="lm")
+        text, font = fonts.fitting(text, font_size)
+        pen.text((4, middle), text, fill=(0, 0, 0), font=font, anchor="lm")
         pen.text((width - 4, middle), f"{score:.3f}", fill=(0, 0, 0), font_size=font_size, anchor="rm")
     return torch.cat([image, F.pil_to_tensor(strip)], dim=1) if len(labels) else image
 
@@ -173,7 +199,7 @@ def prediction_sheet(
 
 def shortened(text: str, width: float, font_size: float) -> str:
     """`text`, or dots and its end if it is more than `width` pixels long."""
-    font, end = ImageFont.load_default(font_size), text
+    (_, font), end = fonts.fitting(text, font_size), text
     while len(end) > 1 and font.getlength(end if end == text else f"...{end}") > width:
         end = end[1:]
     return text if end == text else f"...{end}"
@@ -186,8 +212,8 @@ def thumbnail(image: torch.Tensor, caption: str, side: int = 160, color: Color =
     cell = Image.new("RGB", (side, side + CAPTION_HEIGHT), (255, 255, 255))
     small = F.to_pil_image(F.resize_image(image.cpu(), [height, width], antialias=True))
     cell.paste(small, ((side - width) // 2, side - height))
-    text = shortened(caption, side - 8, CAPTION_SIZE)
-    ImageDraw.Draw(cell).text((4, side + 2), text, fill=color, font_size=CAPTION_SIZE)
+    text, font = fonts.fitting(shortened(caption, side - 8, CAPTION_SIZE), CAPTION_SIZE)
+    ImageDraw.Draw(cell).text((4, side + 2), text, fill=color, font=font)
     return F.pil_to_tensor(cell)
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as F
 
 from ops.geometry import apply_affine, corners, project, project_boxes
-from visualize.draw2d import class_color, draw_labels
+from visualize.draw2d import class_color, draw_labels, enlarged
 
 # ends of the edges of a box, in the order of ops.geometry.corners: the front, the back, between them
 EDGES = [(0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7)]
@@ -71,6 +71,26 @@ def draw_key_frame(
     return overview(views, draw_birds_eye(truth, predicted, torch.cat(radar), side=side, center=first["camera"]))
 
 
+def draw_image(
+    image: torch.Tensor, detections: Mapping[str, torch.Tensor], calib: torch.Tensor, names: Sequence[str]
+) -> torch.Tensor:
+    """`image` uint8 [3,H,W] with 3D boxes and their class, score and distance; enlarged if it is small.
+
+    detections   see ops.decode3d; calib [3,4] of the image; names of the classes
+    """
+    image, zoom = enlarged(image)
+    _, corners, depth = project_boxes(detections, calib, torch.eye(2, 3) * zoom)
+    points = torch.zeros(0, 2)  # no radar
+    texts = _texts(detections, names)
+    return draw_camera(image, corners, depth, detections["labels"], points, points[:, 0], texts=texts)
+
+
+def _texts(detections, names):
+    """Class, score and distance of each box."""
+    columns = detections["labels"].tolist(), detections["scores"].tolist(), detections["center"][:, 2].tolist()
+    return [f"{names[label]} {score:.2f}, {distance:.0f} m" for label, score, distance in zip(*columns)]
+
+
 def _draw_view(image, target, detections, names):
     """A camera's image in CAMERA_SIZE with predicted boxes, their texts, and radar points as pillars."""
     height, width = CAMERA_SIZE
@@ -79,9 +99,7 @@ def _draw_view(image, target, detections, names):
     feet = target["radar"][:, :3]
     feet_pixels, distances = project(feet, target["calib"])
     top_pixels, _ = project(feet - feet.new_tensor([0, PILLAR_HEIGHT, 0]), target["calib"])
-    labels = detections["labels"]
-    rows = zip(labels.tolist(), detections["scores"].tolist(), detections["center"][:, 2].tolist())
-    texts = [f"{names[label]} {score:.2f}, {distance:.0f} m" for label, score, distance in rows]
+    labels, texts = detections["labels"], _texts(detections, names)
     image = F.resize_image(image, list(CAMERA_SIZE), antialias=True)
     feet_pixels, top_pixels = apply_affine(feet_pixels, affine), apply_affine(top_pixels, affine)
     return draw_camera(image, corners, depth, labels, feet_pixels, distances, top_pixels, texts)

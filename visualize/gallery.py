@@ -1,11 +1,13 @@
-"""The output folder of predict.py: annotated images, a contact sheet of the first ones, and a line about the speed."""
+"""The output folder of predict.py: annotated images and videos, a contact sheet, and a line about the speed."""
 
+import io
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchvision.transforms.v2 import functional as F
@@ -13,24 +15,78 @@ from tqdm import tqdm
 
 from utils.errors import DataError, UsageError
 from visualize.draw2d import contact_sheet, thumbnail
+from visualize.video import VideoWriter
 
-SHEET = "sheet.jpg"
+SHEET, OWN_FILES = "sheet.jpg", ".predict_files"  # the latter names our files, one a line
 MAX_THUMBNAILS, THUMBNAIL_SIDE = 36, 320
 
 
 class Gallery:
-    """A folder of annotated images; UsageError if it cannot be created or written to."""
+    """A folder of annotated images and videos.
 
-    def __init__(self, out: str | Path):
-        self.out = Path(out)
-        self._thumbnails, self._written, self._errors = [], {self.out / SHEET}, []
-        self._count, self._seconds, self._start = 0, 0.0, time.perf_counter()
+    overwrite     delete the files of an earlier prediction in it, and no others
+    save_frames   write the frames of a video as images too
+
+    UsageError if it is not empty otherwise, or cannot be created or written to.
+    """
+
+    def __init__(self, out: str | Path, overwrite: bool = False, save_frames: bool = False):
+        self.out, self._save_frames = Path(out), save_frames
+        self._thumbnails, self._added, self._step = [], 0, 1
+        self._video, self._video_key = None, None
+        self._errors, self._count, self._seconds, self._start = [], 0, 0.0, time.perf_counter()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.out, os.W_OK):
+                raise UsageError(f"--out {out}: no permission to write; name another folder")
+            self._clear(overwrite)
+            self._sheet = self.claim(SHEET)
         except OSError as error:
             raise UsageError(f"--out {out}: {error.strerror}; name another folder") from None
-        if not os.access(self.out, os.W_OK):
-            raise UsageError(f"--out {out}: no permission to write; name another folder")
+
+    def _clear(self, overwrite):
+        record = self.out / OWN_FILES
+        names = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+        own = {Path(name).name + suffix for name in names for suffix in ("", ".tmp")}
+        present = {path.name for path in self.out.iterdir()} - {OWN_FILES}
+        if not overwrite and present:
+            what = "an earlier prediction" if present & own else "other files"
+            raise UsageError(
+                f"--out {self.out}: contains {what}; name another folder, or give --overwrite, which "
+                "deletes the files of an earlier prediction and no others"
+            )
+        for name in present & own:
+            (self.out / name).unlink()
+        record.unlink(missing_ok=True)
+
+    def claim(self, name: str) -> Path:
+        """The path of a new file, recorded as one of ours. UsageError if there is a file of that name."""
+        path = self.out / name
+        if path.exists():
+            raise UsageError(
+                f"--out {self.out}: contains {name}, which is not of an earlier prediction; move it away, or name "
+                "another folder"
+            )
+        with open(self.out / OWN_FILES, "a", encoding="utf-8", errors="surrogateescape") as record:
+            record.write(f"{name}\n")
+        return path
+
+    def _claim_free(self, stem, suffix):
+        """The path of STEM.suffix, or of STEM_2.suffix ... if there is that already."""
+        name, number = f"{stem}{suffix}", 1
+        while name == SHEET or (self.out / name).exists():
+            number += 1
+            name = f"{stem}_{number}{suffix}"
+        return self.claim(name)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A UsageError in place of the OSError of a file that cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            what = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+            raise UsageError(f"--out {self.out}: {what}; make room, or name another folder") from None
 
     def report(self, error: DataError) -> None:
         """Print an error of a file that is left out; `close` then fails."""
@@ -45,24 +101,67 @@ class Gallery:
         self._seconds += time.perf_counter() - start
         self._count += count
 
-    def add(self, image: torch.Tensor, stem: str) -> None:
-        """Write uint8 [3,H,W] as STEM.jpg, or STEM_2.jpg ... if this run has written that already."""
-        path, number = self.out / f"{stem}.jpg", 1
-        while path in self._written:
-            number += 1
-            path = self.out / f"{stem}_{number}.jpg"
-        self._written.add(path)
-        F.to_pil_image(image).save(path, quality=92)
-        if len(self._thumbnails) < MAX_THUMBNAILS:
-            self._thumbnails.append(thumbnail(image, stem, THUMBNAIL_SIDE))
+    def add(self, image: torch.Tensor, stem: str, frame: Any = None, video: object = None) -> None:
+        """Write uint8 [3,H,W] as STEM.jpg, or as STEM_2.jpg ... where there is such a file.
+
+        frame   of an animation or video, see data.video_input.Frame: its number is added to the name. With a time it is
+                appended to the video STEM.mp4 instead, a new one whenever `video` changes
+        """
+        is_part = frame is not None and frame.number is not None
+        caption = f"{stem}_{frame.number:06d}" if is_part else stem
+        if is_part and frame.seconds is not None:
+            self._add_to_video(image, stem, frame, video)
+        if not is_part or frame.seconds is None or self._save_frames:
+            caption = self._save(image, caption)
+        self._add_thumbnail(image, caption)
+
+    def _save(self, image, stem):
+        path = self._claim_free(stem, ".jpg")
+        _write_jpeg(path, image)
+        return path.stem
+
+    def _add_to_video(self, image, stem, frame, key):
+        if key != self._video_key:
+            self._close_video()
+            self._video, self._video_key = VideoWriter(self._claim_free(stem, ".mp4"), frame.rate), key
+        self._video.add(image, frame.seconds)
+
+    def _close_video(self):
+        if self._video:
+            self._video.close()
+        self._video = self._video_key = None
+
+    def _add_thumbnail(self, image, caption):
+        """Keep every image's at first, and when there are too many every second one's, and so on."""
+        if self._added % self._step == 0:
+            if len(self._thumbnails) == MAX_THUMBNAILS:
+                self._thumbnails, self._step = self._thumbnails[::2], 2 * self._step
+            if self._added % self._step == 0:
+                self._thumbnails.append(thumbnail(image, caption, THUMBNAIL_SIDE))
+        self._added += 1
 
     def close(self, summary: str) -> None:
-        """Write the contact sheet and print `summary` and the speed. UsageError if errors were reported."""
-        if self._thumbnails:
-            F.to_pil_image(contact_sheet(self._thumbnails)).save(self.out / SHEET, quality=92)
+        """Write the contact sheet and the end of a video, and print `summary` and the speed. UsageError if errors were
+        reported."""
+        with self.writing():
+            self._close_video()
+            if self._thumbnails:
+                _write_jpeg(self._sheet, contact_sheet(self._thumbnails))
+        if self._count:
             rate, overall = self._count / self._seconds, self._count / (time.perf_counter() - self._start)
             print(f"{self._count} images, {rate:.1f} per second in the network, {overall:.1f} overall")
-            print(f"{summary}; annotated images, {SHEET} and JSON are in {self.out}")
+            print(f"{summary}; what is drawn, {SHEET} and JSON are in {self.out}")
         if self._errors:
             count = f"{len(self._errors)} file{'s' * (len(self._errors) > 1)}"
             raise UsageError(f"{count} could not be read, see above; all others are done")
+
+
+def _write_jpeg(path, image):
+    """Write uint8 [3,H,W]. Not by Pillow, which does not notice that a disk takes a part of the file only."""
+    encoded = io.BytesIO()
+    F.to_pil_image(image).save(encoded, "JPEG", quality=92)
+    try:
+        path.write_bytes(encoded.getbuffer())
+    except OSError:
+        path.unlink(missing_ok=True)  # the beginning of an image
+        raise

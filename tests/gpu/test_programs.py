@@ -1,5 +1,7 @@
 """predict.py and export.py with the checkpoint of a run on a GPU."""
 
+import json
+
 import pytest
 import torch
 
@@ -32,13 +34,15 @@ def test_predictions_are_the_cpus(name, drawn, trained, tmp_path):
     words = [trained(name, "bf16").out / "last.pt", drawn(name) / IMAGES[name], "--precision", "fp32", "--threshold", 0]
     words += ["--samples", 2] if name == "centerfusion" else []
     device, cpu = (
-        predict.main([str(word) for word in (*words, "--device", each, "--out", tmp_path / each)])
+        json.loads(
+            predict.main([str(word) for word in (*words, "--device", each, "--out", tmp_path / each)]).read_text()
+        )
         for each in (DEVICE, "cpu")
     )
     assert len(list((tmp_path / DEVICE).glob("*.jpg"))) > 1
     if name == "backbone":
         for row, expected in zip(device, cpu, strict=True):
-            scores, others = ({a["label"]: a["score"] for a in r["answers"]} for r in (row, expected))
+            scores, others = ({p["label"]: p["score"] for p in r["predictions"]} for r in (row, expected))
             assert scores == pytest.approx(others, abs=1e-3)
         return
     found, expected = scored_boxes(device), scored_boxes(cpu)

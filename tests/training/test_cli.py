@@ -215,6 +215,22 @@ def test_other_errors_keep_their_traceback_and_an_interrupt_has_exit_code_130():
         cli.run(interrupted)
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"), [("40", "scores are 0 to 1, and 40 % is 0.4"), ("101", "is above 1"), ("x", "is not a number")]
+)
+def test_scores_in_percent_are_told_so(text, reason):
+    assert cli.score("0.4") == 0.4 and cli.score("1") == 1
+    with pytest.raises(argparse.ArgumentTypeError, match=reason):
+        cli.score(text)
+
+
+def test_flags_without_effect_are_refused():
+    args = argparse.Namespace(samples=0, cache_dir=None, save_frames=False, every=None)
+    with pytest.raises(UsageError, match=r"^--samples: is for others$"):
+        cli.refuse(args, vars(args), "is for others")
+    cli.refuse(args, ("cache_dir", "save_frames", "every"), "is for others")
+
+
 def test_numbers():
     assert cli.numbers("80,100.5") == [80.0, 100.5]
     assert cli.numbers("") == []

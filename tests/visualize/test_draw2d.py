@@ -69,6 +69,31 @@ def test_masks_are_translucent_with_an_edge_and_change_nothing_else():
     assert (image == 100).all()
 
 
+def test_masks_of_one_class_have_different_colors():
+    image, masks = torch.zeros(3, 60, 90, dtype=torch.uint8), torch.zeros(2, 60, 90, dtype=torch.bool)
+    masks[0, :, :40], masks[1, :, 50:] = True, True
+    boxes = torch.tensor([[0.0, 0, 40, 60], [50, 0, 90, 60]])
+    drawn = draw2d.draw_boxes(image, boxes, torch.tensor([3, 3]), ["cat"] * 4, torch.tensor([0.9, 0.8]), masks)
+    first, second = (drawn[:, 50, column].int() for column in (20, 70))
+    assert first.any() and second.any() and (first - second).abs().max() > 60
+
+
+def test_small_images_are_enlarged_with_their_boxes_and_masks():
+    image, masks = torch.zeros(3, 30, 40, dtype=torch.uint8), torch.zeros(1, 30, 40, dtype=torch.bool)
+    masks[0, 15:30, 20:40] = True
+    arguments = torch.tensor([[20.0, 15, 40, 30]]), torch.tensor([0]), ["cat"], torch.tensor([0.5]), masks
+    drawn = draw2d.draw_boxes(image, *arguments, min_side=400)
+    assert drawn.shape == (3, 300, 400)
+    assert (drawn[:, :110] == 0).all() and (drawn[:, 290, 300] > 0).any()
+    nothing = torch.zeros(0, 4), torch.zeros(0).long(), []
+    assert draw2d.draw_boxes(image, *nothing, min_side=400).shape == (3, 300, 400)
+    assert draw2d.draw_boxes(image, *nothing, min_side=20) is image
+
+
+def test_texts_on_dark_colors_are_white():
+    assert draw2d._readable_on((88, 36, 255)) == (255, 255, 255) and draw2d._readable_on((255, 160, 0)) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(("scores", "top"), [([0.9, 0.2], 0), ([0.2, 0.9], 1)])
 def test_the_mask_of_the_higher_score_is_on_top(scores, top):
     image, masks = torch.zeros(3, 60, 60, dtype=torch.uint8), torch.ones(2, 60, 60, dtype=torch.bool)
