@@ -172,7 +172,8 @@ class RunFolder:
             name = Path(self.args.split).name.removesuffix(".csv").removesuffix(".txt")
             folder = self.path / (f"evaluation_{name}" if name else "evaluation")
             written = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            result = {"checkpoint": str(self.source), "step": self.progress.step, "epoch": self.progress.epoch}
+            result = {"checkpoint": str(self.source), "step": self.progress.step or None}  # None: not known
+            result |= {"epoch": self.progress.epoch if self.progress.step else None}
             result |= {"fingerprint": self.fingerprint, "metrics": written, "flags": vars(self.args)}
             try:
                 files.write_json(folder / EVALUATION, result, indent=1)

@@ -319,7 +319,9 @@ def test_the_logger_has_the_steps_and_flags_of_the_run(tmp_path, run):
 
 @pytest.mark.parametrize(("words", "name"), [("", "evaluation"), ("--split lists/test.csv", "evaluation_test")])
 def test_the_end_of_an_evaluation_writes_and_prints_the_result(tmp_path, run, capsys, words, name):
-    opened(tmp_path, run)[0].save()
+    trained, _ = opened(tmp_path, run)
+    trained.progress.step, trained.progress.epoch = 7, 2
+    trained.save()
     saved = checkpoint.read(tmp_path / "last.pt")
     capsys.readouterr()
     folder, _ = opened(tmp_path, run, f"--resume --eval-only {words}")
@@ -332,7 +334,7 @@ def test_the_end_of_an_evaluation_writes_and_prints_the_result(tmp_path, run, ca
     )
     written = json.loads((tmp_path / name / "evaluation.json").read_text())
     assert written["metrics"] == {"AP": 0.5, "AP_small": None}
-    assert (written["checkpoint"], written["step"], written["epoch"]) == (str(tmp_path / "last.pt"), 0, 0)
+    assert (written["checkpoint"], written["step"], written["epoch"]) == (str(tmp_path / "last.pt"), 7, 2)
     assert written["fingerprint"] == checkpoint.fingerprint({"model": saved["ema"]["model"]})
     assert written["flags"] == vars(folder.args)
 
