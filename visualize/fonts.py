@@ -37,7 +37,7 @@ def fitting(text: str, size: float) -> tuple[str, ImageFont.FreeTypeFont]:
 
 
 def _simplified(letter):
-    return unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode() or "?"
+    return unicodedata.normalize("NFD", letter).encode("ascii", "ignore").decode() or "?"
 
 
 @functools.lru_cache(maxsize=64)
