@@ -325,7 +325,9 @@ def main(argv=None):
         raise UsageError(f"--size {args.size[0]} {args.size[1]}: a classifier's input is a square; give one number")
     threshold = THRESHOLDS[task] if args.threshold is None else args.threshold
     print(f"{models.summary(net)}, {len(names)} classes, {distributed.describe(run)}")
-    if task == "fusion" and len(args.inputs) == 1 and any(Path(args.inputs[0]).glob("v1.0-*/")):
+    if task == "fusion" and any(any(Path(text).glob("v1.0-*/")) for text in args.inputs):
+        if len(args.inputs) > 1:
+            raise UsageError(f"{', '.join(args.inputs)}: give nuScenes' folder alone")
         cli.refuse(args, SOURCE_FLAGS, "is for images and videos, and this is nuScenes' folder")
         return predict_nuscenes(net, names, args, run, threshold, labels)
     what = f"this is a {net.name}" if task != "fusion" else "no input is one (a folder with v1.0-mini or another in it)"

@@ -349,6 +349,21 @@ def test_a_network_with_radar_predicts_images_without_any(drawn, centerfusion, t
         run(centerfusion, image, "--out", tmp_path / "other", "--calib", matrix)
 
 
+def test_nuscenes_is_predicted_alone_and_has_no_flags_of_images(drawn, centerfusion, tmp_path):
+    data = drawn("centerfusion")
+    for words, message in (
+        ([data, data], "give nuScenes' folder alone"),
+        ([data, "--calib", "camera.txt"], "--calib: is for images and videos, and this is nuScenes' folder"),
+        (
+            [data / "samples" / "CAM_FRONT", "--samples", 2],
+            "--samples: is for CenterFusion on nuScenes' folder, and no",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(centerfusion, *words, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
