@@ -12,9 +12,10 @@ NUMBERED = ("epoch_*.pt", "step_*.pt")  # named by training.plan
 # Flags about this process, or about what training starts from: an evaluation does not take them from the run.
 NOT_TAKEN = {"config", "model_dir", "resume", "overwrite", "eval_only", "split", "preflight", "check_data", "monitor"}
 NOT_TAKEN |= {"weights", "backbone_weights", "device", "use_cuda", "gpus", "compile", "sync_bn", "accumulate"}
-NOT_TAKEN |= {"workers", "log_level", "log_every"}
+NOT_TAKEN |= {"workers", "log_level", "log_every", "no_effect"}
 # A new --data stands for all of these.
 PARTS_OF_DATA = {"train", "val", "csv_train", "csv_val", "csv_classes"}
+SPLITS = {"split", "val_split"}  # of nuScenes: the split chooses the version
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -40,4 +41,5 @@ def find(args: argparse.Namespace) -> tuple[Path, Mapping[str, Any]] | None:
 def choose(saved: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
     """Those of the `saved` flags that an evaluation takes if the flags `given` are on its command line."""
     skipped = NOT_TAKEN | given | (PARTS_OF_DATA if "data" in given else set())
+    skipped |= {"version"} if given & SPLITS else set()
     return {name: value for name, value in saved.items() if name not in skipped}
