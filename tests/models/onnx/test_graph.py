@@ -9,6 +9,8 @@ import export
 import models
 from models import onnx
 from models.onnx import centerfusion
+from models.onnx.padding import PaddedImages
+from models.retinanet import LEVELS
 from ops import radar
 from tests import export_helpers
 from utils.errors import WeightsError
@@ -34,6 +36,16 @@ def test_nms_selects_the_detections_of_evaluation(name, arguments):
     boxes, labels, scores, *_ = onnx.graph(net, SIZE, with_nms=True, threshold=1.0)(images.float(), *sizes)
     assert boxes.abs().max() == scores.max() == 0
     assert labels.max() == -1
+
+
+@pytest.mark.parametrize("anchors", ["yhenon", "torchvision"])
+def test_anchors_of_a_padded_image(anchors):
+    net, size, sizes = models.build("retinanet_resnet18", 1, anchors=anchors), (160, 192), [(96, 64), (128, 192)]
+    padded = PaddedImages(torch.tensor(sizes).float(), size, LEVELS)
+    own = onnx.graph(net, size, with_nms=True).own_anchors(padded).expand(2, -1, -1)
+    for part, own_anchors in zip(sizes, own):
+        expected = net.anchors(part)
+        torch.testing.assert_close(own_anchors[export.rows_of_part(net, part, size)], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("anchors", ["yhenon", "torchvision"])
