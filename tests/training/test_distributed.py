@@ -18,7 +18,7 @@ import torch
 import torch.multiprocessing
 from torch import nn
 
-from evaluation.nuscenes import NuScenesEvaluator
+from evaluation.nuscenes import NuScenesEvaluator, Score
 from tests.training import small_run
 from training import distributed, run_folder
 from training.distributed import init_device
@@ -502,7 +502,7 @@ def check_waits(run):
     with run.main_first():
         time.sleep(slow)
     evaluator = NuScenesEvaluator("", "", "")
-    evaluator._score = lambda *_: time.sleep(slow) or {"NDS": 0.5}
+    evaluator._score = lambda *_: time.sleep(slow) or Score({"NDS": 0.5})
     assert evaluator.compute(run.gather, run.is_main) == {"NDS": 0.5}
     assert run.max(run.rank) == 1
 
