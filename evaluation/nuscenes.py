@@ -105,7 +105,7 @@ class NuScenesEvaluator(Evaluator):
     def _score(self, submission, images):
         if self.version.endswith("test"):
             self.print(f"no official score: {self.version} has no annotations; upload submission.json to nuScenes")
-            return {}
+            return Score({})
         if not devkit_is_installed():
             self.print("no official score: nuscenes-devkit is not installed (pip install -r requirements-nuscenes.txt)")
             return Score({})

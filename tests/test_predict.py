@@ -91,7 +91,7 @@ def test_checkpoint_and_images_are_enough(ssd, images, tmp_path, monkeypatch):
 
 def test_bare_weights_with_their_labels_size_and_priors(ssd, images, tmp_path, capsys):
     """They give what the run folder gives, whose best.pt they come from."""
-    words = [*sorted(images.iterdir())[:4], "--out", tmp_path / "out", "--threshold", 0.05]
+    words = [*sorted(images.iterdir())[:4], "--out", tmp_path / "out", "--threshold", 0.05, "--overwrite"]
     bare, labels = tmp_path / "bare.pth", (ssd.parent / "labels.txt").read_text()
     torch.save(pretrained.trained_weights(torch.load(ssd)), bare)
     (tmp_path / "labels.txt").write_text(labels)

@@ -91,7 +91,7 @@ def test_the_test_command_of_centerfusion_evaluates(script, tables_copy, tmp_pat
     for split in ("mini_val", "test"):
         words = [*line.format(split, tmp_path / "run/best.pt").split(), *more.split(), str(tmp_path / split)]
         metrics[split] = train_centerfusion.main([*words, "--data", str(tables_copy)])
-        submissions[split] = json.loads((tmp_path / split / "submission.json").read_text())["results"]
+        submissions[split] = json.loads((tmp_path / split / "evaluation" / "submission.json").read_text())["results"]
         assert "no effect here: --dataset\n" in capsys.readouterr().out
     assert metrics["mini_val"]["loss"] > 0 and metrics["test"] == {}
     assert set(submissions["mini_val"]) < set(submissions["test"])  # of all scenes

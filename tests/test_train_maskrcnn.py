@@ -58,7 +58,7 @@ def test_the_validation_images_of_a_run_do_not_change(script, tmp_path):
 
 
 def test_published_weights_freeze_two_stages_as_in_torchvision(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script.module.pretrained, "init_weights", lambda *_: True)
+    monkeypatch.setattr(script.module.pretrained, "init_weights", lambda *_, **__: True)
     for steps in (1, 2):  # the resumed run does not load them
         script.main(tmp_path, "--max-steps", steps, "--resume", "auto", "--save-every-steps", 1)
         assert last(tmp_path)["flags"]["freeze_stages"] == 2

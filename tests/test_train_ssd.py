@@ -19,6 +19,7 @@ def script(drawn):
 
 def test_validation_by_mean_ap(script, tmp_path, capsys):
     more = ["--score-threshold", 0.02, "--max-detections", 3, "--iou-threshold", 0.1, "--use-2007-metric"]
+    more += ["--priors", "scaled"]
     metrics = script.main(tmp_path, "--max-steps", 2, "--validation-mean-ap", *more)
     assert "mAP 1.000 (VOC2007 11-point AP at IoU 0.1)" in capsys.readouterr().out
     assert 0 < metrics["mAP"] == metrics["mAP_11point"] <= 1

@@ -89,7 +89,7 @@ class ArgumentParser(argparse.ArgumentParser):
         for name, value in saved.items():
             if name not in actions:
                 continue  # of an earlier version
-            if actions[name].choices and value not in actions[name].choices:
+            if actions[name].choices and value not in (None, *actions[name].choices):
                 self.error(f"{file}: its --{name} is {value}, which this script does not have; use the run's script")
             setattr(args, name, value)
         if file and "model_dir" not in given:
