@@ -34,6 +34,7 @@ from utils.errors import UsageError, UserError
 
 WEIGHTS = "backbone.pt"  # weights alone, see RunFolder.save_weights
 EVALUATION = "evaluation.json"  # in evaluation or evaluation_SPLIT, see RunFolder.report
+NOT_ALWAYS_WRITTEN = ("per_class.csv", "confusion.csv", "pr_curves.*", "det_test_*.txt")  # beside it
 LOGS = ("metrics.jsonl", "nan_report.json", "events.out.tfevents.*")
 SHARED = ".shared_"  # beginning of the name of a file that exists while open_run looks whether all processes see it
 SHARED_SECONDS = 5  # time for it to appear on the other machines
@@ -186,6 +187,8 @@ class RunFolder:
             result |= {"fingerprint": self.fingerprint, "metrics": written, "network": self.metadata}
             result |= {"flags": vars(self.args)}
             try:
+                for old in [path for pattern in NOT_ALWAYS_WRITTEN for path in folder.glob(pattern)]:
+                    old.unlink()  # of an earlier evaluation, of other classes or of another layout
                 files.write_json(folder / EVALUATION, result, indent=1)
                 names = [name for evaluator in evaluators for name in evaluator.write(folder)]
             except OSError as error:

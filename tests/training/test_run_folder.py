@@ -325,8 +325,11 @@ def test_the_end_of_an_evaluation_writes_and_prints_the_result(tmp_path, run, ca
     saved = checkpoint.read(tmp_path / "last.pt")
     capsys.readouterr()
     folder, _ = opened(tmp_path, run, f"--resume --eval-only {words}")
-    metrics = {"AP": 0.5, "AP_small": math.nan}
+    metrics, earlier = {"AP": 0.5, "AP_small": math.nan}, tmp_path / name / "det_test_cat.txt"
+    earlier.parent.mkdir()
+    earlier.touch()
     assert folder.report(metrics, [Evaluator()]) == metrics
+    assert not earlier.exists()
     assert (tmp_path / name / "table.csv").exists()
     printed = capsys.readouterr().out
     assert printed.endswith(
