@@ -159,6 +159,7 @@ def main(argv=None):
 
     # optimizer, schedule, resume
     optimizer = optim.build(args, net.parameter_groups(), {"backbone": args.backbone_lr, "heads": args.lr})
+    run_folder.choose("warmup_steps", None)  # of runs from before there was "auto"
     wrapped = run.wrap(net, args.sync_bn, args.compile)  # before Ema: all processes then have the same weights
     ema = Ema(net, args.ema)
     plan = Plan(args, len(train_set), run.print)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.files import read_lines
+from data.files import read_lines, shortened
 from utils.errors import DataError
 from utils.labels import read_labels
 
@@ -53,11 +53,12 @@ def agree_on_classes(checkpoint: Sequence[str], data: Sequence[str], remap_by_na
     Objects are mapped by name, so another order does no harm in training, but the data's labels.txt would not fit the
     weights: another order is refused unless `remap_by_name`. Raises DataError.
     """
-    names = f"checkpoint ({', '.join(checkpoint)}), data ({', '.join(data)})"
     if list(checkpoint) != list(data) and set(checkpoint) == set(data) and not remap_by_name:
+        names = f"checkpoint ({', '.join(checkpoint)}), data ({', '.join(data)})"
         reason = f"the same names in another order: {names}; use --remap-by-name to keep the checkpoint's order"
         raise DataError("classes", "", reason)
     if not set(checkpoint) & set(data):
+        names = f"checkpoint ({shortened(checkpoint)}), data ({shortened(data)})"
         raise DataError("classes", "", f"no class in common: {names}; give the data that the checkpoint is for")
     return checkpoint
 

@@ -59,9 +59,10 @@ def test_the_validation_images_of_a_run_do_not_change(script, tmp_path):
 
 def test_published_weights_freeze_two_stages_as_in_torchvision(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script.module.pretrained, "init_weights", lambda *_, **__: True)
-    for steps in (1, 2):  # the resumed run does not load them
-        script.main(tmp_path, "--max-steps", steps, "--resume", "auto", "--save-every-steps", 1)
-        assert last(tmp_path)["flags"]["freeze_stages"] == 2
+    for steps, more in ((1, ["--warmup-steps", 3]), (2, [])):  # the resumed run does not load them, and keeps its flags
+        script.main(tmp_path, "--max-steps", steps, "--resume", "auto", "--save-every-steps", 1, *more)
+        flags = last(tmp_path)["flags"]
+        assert (flags["freeze_stages"], flags["warmup_steps"]) == (2, 3)
     first, second = (torch.load(tmp_path / f"step_00000{step}.pt", weights_only=True)["model"] for step in (1, 2))
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert changed and not [

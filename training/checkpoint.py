@@ -32,7 +32,7 @@ FLAG_OF_ARGUMENT |= {"depth": "--arch"}
 FORMER_ARGUMENTS = {"priors": "scaled"}  # what checkpoints mean that are older than these arguments
 FREE_ARGUMENTS = {"proposals"}  # may differ from the checkpoint's: the weights mean the same
 # sizes of the images in evaluation, see models.describe, and the flags that set them
-FLAG_OF_SIZE = {"image_size": "--resolution (CenterFusion: --input-size)"}
+FLAG_OF_SIZE = {"image_size": "--resolution (a backbone's --val-resolution, CenterFusion's --input-size)"}
 FLAG_OF_SIZE |= {"min_side": "--min-side", "max_side": "--max-side"}
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from training import checkpoint, memory
+from training import checkpoint, cli, memory
 from training.checkpoint import Progress
 from training.distributed import Run
 from training.ema import Ema
@@ -34,11 +34,14 @@ from utils.errors import UsageError, UserError
 
 WEIGHTS = "backbone.pt"  # weights alone, see RunFolder.save_weights
 EVALUATION = "evaluation.json"  # in evaluation or evaluation_SPLIT, see RunFolder.report
+NOT_ALWAYS_WRITTEN = ("per_class.csv", "confusion.csv", "pr_curves.*", "det_test_*.txt")  # beside it
 LOGS = ("metrics.jsonl", "nan_report.json", "events.out.tfevents.*")
 SHARED = ".shared_"  # beginning of the name of a file that exists while open_run looks whether all processes see it
 SHARED_SECONDS = 5  # time for it to appear on the other machines
 RUN_FILES = ("new.pt", LAST, PREVIOUS, BEST, WEIGHTS, *NUMBERED, "*.pt.tmp", "*.pt.damaged", f"{SHARED}*", *LOGS)
 RUN_FILES += (f"evaluation*/{EVALUATION}",)
+SCORE_FLAGS = ("score_threshold", "nms_iou", "detections_per_image", "flip_test")  # they change AP, mAP, NDS
+MAP_FLAGS = ("iou_threshold", "use_2007_metric")  # they change mAP
 
 
 class RunFolder:
@@ -115,12 +118,19 @@ class RunFolder:
             self.run.print(f"  changed: {line}")
 
     def _continue_best(self, saved):
-        """Forget the best validation if it is of another metric."""
-        before, progress = saved.get("monitor", self.monitor), self.progress
-        if before != self.monitor and progress.best is not None:
-            was = f"{before} {progress.best:.4g} at step {progress.best_step}"
-            self.run.print(f"  best.pt and --patience start anew with {self.monitor}; so far the best was {was}")
-            progress.best, progress.best_step, progress.stale = None, 0, 0
+        """Forget the best validation if it is of another metric, or if a flag has changed that this metric depends on.
+
+        A loss depends on none of these flags.
+        """
+        before, progress, flags = saved.get("monitor", self.monitor), self.progress, vars(self.args)
+        names = SCORE_FLAGS * cli.higher_is_better(self.monitor) + MAP_FLAGS * self.monitor.startswith("mAP")
+        changed = [name for name in names if name in flags and saved["flags"].get(name, flags[name]) != flags[name]]
+        if progress.best is None or (before == self.monitor and not changed):
+            return
+        now = self.monitor + (" by the changed flags" if changed else "")
+        was = f"{before} {progress.best:.4g} at step {progress.best_step}"
+        self.run.print(f"  best.pt and --patience start anew with {now}; so far the best was {was}")
+        progress.best, progress.best_step, progress.stale = None, 0, 0
 
     def logger(self, plan: Plan, train_set: Any) -> Logger:
         """The log of the run; train_set.image_path(image_id) is the file of a training image."""
@@ -174,8 +184,11 @@ class RunFolder:
             written = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             result = {"checkpoint": str(self.source), "step": self.progress.step or None}  # None: not known
             result |= {"epoch": self.progress.epoch if self.progress.step else None}
-            result |= {"fingerprint": self.fingerprint, "metrics": written, "flags": vars(self.args)}
+            result |= {"fingerprint": self.fingerprint, "metrics": written, "network": self.metadata}
+            result |= {"flags": vars(self.args)}
             try:
+                for old in [path for pattern in NOT_ALWAYS_WRITTEN for path in folder.glob(pattern)]:
+                    old.unlink()  # of an earlier evaluation, of other classes or of another layout
                 files.write_json(folder / EVALUATION, result, indent=1)
                 names = [name for evaluator in evaluators for name in evaluator.write(folder)]
             except OSError as error:

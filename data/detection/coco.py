@@ -52,7 +52,7 @@ def _annotation_file(root, name):
     file = root / "annotations" / f"instances_{name}.json"
     if not file.is_file():
         available = ", ".join(sorted(other.name for other in file.parent.glob("*.json"))) or "none"
-        reason = f"no {file.name}; available: {available}; set the names by --coco-train and --coco-val"
+        reason = f"no {file.name}; available: {available}; set the names by --coco-train, --coco-val or --split"
         raise DataError(file.parent, "", reason)
     return file
 

@@ -130,7 +130,8 @@ def check_names(dataset: BoxDataset, held_out: Iterable[str]) -> None:
     """Raises DataError if an image with one of these file names is not in the data set."""
     missing = sorted(set(held_out) - set(names(dataset)))
     if missing:
-        reason = f"{shortened(missing)} not in the data; give the data set that the run began with"
+        remedy = "give the data set that the run began with, or --eval-only --split all"
+        reason = f"{shortened(missing)} not in the data; {remedy}"
         raise DataError("validation images", "", reason)
 
 

@@ -36,6 +36,7 @@ __all__ = ["init_weights", "load", "load_matching", "load_strictly", "trained_we
 FAMILY_OF = {SSD: ssd, RetinaNet: retinanet, CenterFusion: centerfusion, MaskRCNN: maskrcnn}  # else backbones
 DOWNLOADS = ("auto", "coco", "imagenet")
 NORM_HINT = "; frozen batch norm would keep its initial values: give --no-freeze-bn"
+SCRATCH = "TRAINING FROM SCRATCH (--weights none --backbone-weights none is without warning)"
 
 
 def init_weights(
@@ -73,7 +74,7 @@ def init_weights(
     elif download:
         if _load_published(net, family, weights, backbone_weights, strict, print):
             return True
-        print(f"WARNING: no weights to start from: TRAINING FROM SCRATCH (--weights none is without warning){hint}")
+        print(f"WARNING: no weights to start from: {SCRATCH}{hint}")
     return False
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
 
 from training import distributed, logger
@@ -17,6 +18,12 @@ from training.meter import NonFiniteLoss
 @pytest.fixture(scope="module")
 def run():
     return distributed.init_device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def event_files_sort_by_age(monkeypatch):
+    """TensorBoard reads files of one second by the number of the writer in its process, as text: 10 before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 @pytest.fixture

@@ -325,8 +325,11 @@ def test_the_end_of_an_evaluation_writes_and_prints_the_result(tmp_path, run, ca
     saved = checkpoint.read(tmp_path / "last.pt")
     capsys.readouterr()
     folder, _ = opened(tmp_path, run, f"--resume --eval-only {words}")
-    metrics = {"AP": 0.5, "AP_small": math.nan}
+    metrics, earlier = {"AP": 0.5, "AP_small": math.nan}, tmp_path / name / "det_test_cat.txt"
+    earlier.parent.mkdir()
+    earlier.touch()
     assert folder.report(metrics, [Evaluator()]) == metrics
+    assert not earlier.exists()
     assert (tmp_path / name / "table.csv").exists()
     printed = capsys.readouterr().out
     assert printed.endswith(
@@ -336,6 +339,7 @@ def test_the_end_of_an_evaluation_writes_and_prints_the_result(tmp_path, run, ca
     assert written["metrics"] == {"AP": 0.5, "AP_small": None}
     assert (written["checkpoint"], written["step"], written["epoch"]) == (str(tmp_path / "last.pt"), 7, 2)
     assert written["fingerprint"] == checkpoint.fingerprint({"model": saved["ema"]["model"]})
+    assert written["network"] == {"classes": ["a", "b"], "arguments": {}}
     assert written["flags"] == vars(folder.args)
 
 
@@ -377,6 +381,32 @@ def test_another_monitor_starts_the_best_anew(tmp_path, run, capsys):
     other, _ = opened(tmp_path, run, "--resume", monitor="AP")
     assert (other.progress.step, other.progress.best, other.progress.best_step, other.progress.stale) == (3, None, 0, 0)
     assert "start anew with AP; so far the best was loss 0.25 at step 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("monitor", "flag", "is_new"),
+    [("mAP", "iou_threshold", True), ("AP", "iou_threshold", False), ("mask AP", "nms_iou", True)]
+    + [("mAP", "later_flag", False), ("loss", "score_threshold", False)],
+)
+def test_a_changed_flag_that_the_monitor_depends_on_starts_the_best_anew(tmp_path, run, capsys, monitor, flag, is_new):
+    def folder(words, **flags):
+        args = small_run.flags(f"--model-dir {tmp_path} {words}")
+        vars(args).update(flags)
+        _, parts, _ = small_run.parts()
+        plan = Plan(args, 10, lambda line: None)
+        folder = RunFolder(args, run, monitor)
+        folder.restore(parts["model"], parts["optimizer"], parts["ema"], plan, {"classes": ["a"]})
+        return folder
+
+    first = folder("", **{flag: 0.5})
+    first.progress.step = 3
+    first.progress.record(0.25, higher_is_better=True)
+    first.save()
+    assert folder("--resume", **{flag: 0.5}, use_2007_metric=True).progress.best == 0.25  # which the run did not know
+    capsys.readouterr()
+    assert folder("--resume", **{flag: 0.75}).progress.best == (None if is_new else 0.25)
+    anew = f"start anew with {monitor} by the changed flags; so far the best was {monitor} 0.25 at step 3"
+    assert (anew in capsys.readouterr().out) is is_new
 
 
 def test_a_run_that_patience_has_stopped_stays_so(tmp_path, run, capsys):
