@@ -244,12 +244,14 @@ def main(argv=None):
     run = distributed.init_device(args.device, "", args.precision)
     args.checkpoint = torch_files.find_checkpoint(args.checkpoint)
     net = models.load(args.checkpoint, args.labels, args.size, args.priors)
+    if args.size and not net.image_size:
+        net.min_side, net.max_side = sorted(args.size)
     net.to(run.device, memory_format=torch.channels_last)
     names = net.classes or [f"class {label}" for label in range(net.num_classes)]
     task, labels = task_of(net), select_labels(args.classes, names)
     refuse_flags(args, net, task)
     threshold = THRESHOLDS[task] if args.threshold is None else args.threshold
-    print(f"{models.summary(net)}, {len(names)} classes, {distributed.describe(run)}")
+    print(f"{models.summary(net)}, {len(names)} class{'es' * (len(names) > 1)}, {distributed.describe(run)}")
     if task == "fusion" and is_nuscenes(args.inputs[0]):
         return predict_nuscenes(net, names, args, run, threshold, labels)
     return predict_images(net, task, names, args, run, threshold, labels)

@@ -220,7 +220,10 @@ def test_ids_of_coco_annotations(ssd, drawn, tmp_path, capsys):
 def test_retinanet_boxes_are_in_pixels_of_the_files(drawn, tmp_path):
     data = drawn("retinanet")
     Script("retinanet", data).main(tmp_path / "run", "--max-steps", 1)
-    rows = run(tmp_path / "run/last.pt", data / "val2017", "--out", tmp_path / "out", "--threshold", 0.005)
+    words = [tmp_path / "run/last.pt", data / "val2017", "--out", tmp_path / "out", "--threshold", 0.005]
+    rows = run(*words)
+    assert run(*words, "--overwrite", "--size", 96, 48) == rows  # as in training
+    assert run(*words, "--overwrite", "--size", 96, 128) != rows
     boxes = torch.tensor([row["bbox"] for row in rows])
     assert len(boxes) and boxes.min() >= 0
     assert (boxes[:, 0] + boxes[:, 2]).max() > 200  # the files are 320 pixels wide
