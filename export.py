@@ -14,8 +14,9 @@ top left of the input, with any values right of and below it. Its boxes are thos
 Without --nms the whole input is the image.
 
 The metadata of the file contains classes, size (h, w), mean, std, input, architecture and version, with `sizes` also
-min_side and max_side, to which predict.py resizes. Before the file is written, onnxruntime runs it on images: if its
-outputs differ from this program's by more than --tolerance, it is not written and the exit code is 2.
+min_side and max_side, to which predict.py resizes, or what fits into a smaller --size. Before the file is written,
+onnxruntime runs it on images: if its outputs differ from this program's by more than --tolerance, it is not written and
+the exit code is 2.
 
 Needs requirements-export.txt; --state-dict does not.
 """
@@ -272,7 +273,10 @@ def metadata(net, graph, size):
     sizes = {}
     if "sizes" in graph.inputs:
         sizes = {"sizes": "height, width of each image, at the top left of the input"}
-        sizes |= {name: json.dumps(getattr(net, name)) for name in ("min_side", "max_side")}
+        sizes |= {
+            "min_side": json.dumps(min(net.min_side, *size)),
+            "max_side": json.dumps(min(net.max_side, max(size))),
+        }
     return {
         "classes": json.dumps(class_names(net)),
         "size": json.dumps(list(size)),

@@ -30,22 +30,15 @@ import itertools
 from pathlib import Path
 
 import torch
-from torchvision import tv_tensors
 from tqdm import tqdm
 
 import models
-from data import cameras, loader, nuscenes, transforms, video_input
+from data import cameras, nuscenes, video_input
 from data.nuscenes import splits
-from data.nuscenes import transforms as nuscenes_transforms
 from evaluation import prediction_files
 from evaluation.nuscenes import to_submission, true_detections
-from models import backbones, centerfusion
-from ops import decode3d, nms
-from ops.boxes import to_file_pixels
-from ops.geometry import apply_affine, invert_affine
-from ops.images import normalize
+from inference import classify, detect, detect_3d, detect_in_camera, task_of
 from ops.masks import paste_masks
-from ops.radar import network_inputs
 from training import cli, distributed
 from training.signals import StopSignals
 from utils import files, torch_files
@@ -54,11 +47,11 @@ from visualize import draw2d, draw3d
 from visualize.gallery import Gallery
 
 USAGE = "python predict.py CHECKPOINT INPUT [INPUT ...] [flags]"
-STRIDE = 4  # input pixels per cell of CenterFusion's maps
-THRESHOLDS = {"boxes": 0.4, "masks": 0.5, "fusion": 0.3, "classes": 0.0}  # default of --threshold by task
+THRESHOLDS = {"boxes": 0.4, "masks": 0.5, "fusion": 0.3, "classes": 0.0}  # default of --threshold, by task_of(net)
 JSON_FILES = {"classes": "classifications.json", "fusion": "detections_3d.json"}  # by task; of others detections.json
 RADAR_FLAGS = {"radar_sweeps": 3, "pc_z_offset": 0.0, "pillar_dims": (1.5, 0.2, 0.2)}  # if not in the checkpoint
 MAX_NAMED = 20  # classes that an error message lists
+SUBMITTED = ("image_id", "sample_token", "rotation", "translation")  # of targets; their radar points are many
 SOURCE_FLAGS = ("every", "save_frames", "annotations", "calib")
 NUSCENES_FLAGS = ("version", "split", "samples", "cache_dir")
 
@@ -95,13 +88,6 @@ def parse_args(argv):
     return parser.parse(argv)
 
 
-def task_of(net):
-    """What a network predicts: a key of THRESHOLDS."""
-    if net.name in backbones.NETWORKS:
-        return "classes"
-    return "fusion" if net.name in centerfusion.NETWORKS else getattr(net, "task", "boxes")
-
-
 def select_labels(text, names):
     """The labels of --classes, int64; all if the text is empty. Raises UsageError."""
     selected = [name.strip() for name in text.split(",") if name.strip()] or names
@@ -119,93 +105,6 @@ def batches(items, size):
         yield batch
 
 
-def select(detections, threshold, labels):
-    """The detections with a score of at least `threshold` and one of `labels`, on the CPU."""
-    detections = {name: value.cpu() for name, value in detections.items()}
-    keep = (detections["scores"] >= threshold) & torch.isin(detections["labels"], labels)
-    return {name: value[keep] for name, value in detections.items()}
-
-
-@torch.no_grad()
-def classify(net, images, run, threshold, labels):
-    """The five top-scoring of `labels` for each image (uint8 [3,H,W]): a dict of labels and scores, 0 to 1, each."""
-    crop = transforms.classification_eval(net.image_size[0], net.image_size[0])
-    batch = torch.stack([crop(image) for image in images]).to(run.device, non_blocking=True)
-    with run.autocast():
-        logits = net(normalize(batch, net.image_mean, net.image_std))
-    scores, indices = logits.float().softmax(1).cpu()[:, labels].topk(min(5, len(labels)))
-    return [select({"labels": labels[row], "scores": score}, threshold, labels) for row, score in zip(indices, scores)]
-
-
-@torch.no_grad()
-def detect(net, images, run, threshold, labels):
-    """Detections in each image (uint8 [3,H,W], any size): a dict of boxes in pixels of that image, labels, scores and,
-    if the network has them, masks as probabilities within the box [N,28,28]."""
-    if net.image_size:
-        resize, collate = transforms.ssd_eval(net.image_size), loader.PadCollate(1)
-    else:
-        resize, collate = transforms.multiscale_eval(net.min_side, net.max_side), loader.PadCollate(32)
-    samples = [resize(tv_tensors.Image(image), empty_target(image)) for image in images]
-    detections = [None] * len(samples)
-    for rows in collate.groups(image.shape[-2:] for image, _ in samples):  # as in evaluation: of one padded shape
-        found = detect_in_batch(net, *collate([samples[row] for row in rows]), run, threshold)
-        for row, detection in zip(rows, found, strict=True):
-            detections[row] = select(detection, threshold, labels)
-    return detections
-
-
-def detect_in_batch(net, batch, targets, run, threshold):
-    """`detect` in a padded batch (uint8 [B,3,H,W]), of all classes."""
-    size, shapes = tuple(batch.shape[-2:]), [target["shape"] for target in targets]
-    pixels = normalize(batch.to(run.device, non_blocking=True), net.image_mean, net.image_std, shapes)
-    with run.autocast():
-        outputs = net(pixels, shapes) if task_of(net) == "masks" else net(pixels)
-    if task_of(net) == "masks":
-        detections = outputs
-    elif net.image_size:
-        detections = nms.ssd_detections(outputs, net.anchors(size), net.box_weights, size, threshold)
-    else:
-        anchors, levels = net.anchors(size), net.level_sizes(size)
-        detections = nms.retinanet_detections(outputs, anchors, net.box_weights, shapes, levels, threshold)
-    return to_file_pixels(detections, targets)
-
-
-def empty_target(image):
-    """The target of an image without annotations."""
-    size, empty = tuple(image.shape[-2:]), torch.zeros(0)
-    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
-    return {"boxes": boxes, "labels": empty.long(), "ignore": empty.bool(), "image_id": 0, "size": size}
-
-
-@torch.no_grad()
-def detect_3d(net, samples, run, threshold, labels, dims=RADAR_FLAGS["pillar_dims"], without=()):
-    """Detections of ops.decode3d in camera images, but boxes in pixels of the file.
-
-    samples   (image uint8 [3,H,W], target with calib, affine and radar) each
-    dims      of radar pillars; without: untrained heads
-    """
-    resize = nuscenes_transforms.centerfusion_eval(net.image_size)
-    maps = {"size": tuple(side // STRIDE for side in net.image_size), "stride": STRIDE}
-    inputs_of = functools.partial(network_inputs, radar=net.arguments["radar"], dims=dims, **maps)
-    images, resized = loader.collate([resize(*sample) for sample in samples], inputs_of)
-    inputs, images = resized.to(run.device), images.to(run.device, non_blocking=True).flip(1)  # BGR
-    with run.autocast():
-        outputs = net(normalize(images, net.image_mean, net.image_std), **inputs)
-    detections = decode3d.decode(outputs, resized, STRIDE, without=without)
-    for detection, target in zip(detections, resized):
-        corners = apply_affine(detection["boxes"].view(-1, 2), invert_affine(target["affine"])).view(-1, 2, 2)
-        height, width = target["size"]
-        detection["boxes"] = corners.clamp(min=0).minimum(corners.new_tensor([width, height])).flatten(1)
-    return [select(detection, threshold, labels) for detection in detections]
-
-
-def predict_camera(net, images, run, threshold, labels, calib, without):
-    """`detect_3d` in images (uint8 [3,H,W]) of a camera alone, each detection with the calib [3,4] of its image."""
-    samples = [(tv_tensors.Image(image), cameras.target(image, calib)) for image in images]
-    detections = detect_3d(net, samples, run, threshold, labels, without=without)
-    return [(detection, target["calib"]) for detection, (_, target) in zip(detections, samples)]
-
-
 def predictor(net, task, calib):
     """A function of (net, images, run, threshold, labels) that returns a prediction for each image."""
     if task != "fusion":
@@ -216,7 +115,7 @@ def predictor(net, task, calib):
     if calib is None:
         line += f"; no --calib: a focal length of {cameras.USUAL_FOCAL_LENGTH} image widths is assumed"
     print(line)
-    return functools.partial(predict_camera, calib=calib, without=net.untrained_heads())
+    return functools.partial(detect_in_camera, calib=calib, without=net.untrained_heads())
 
 
 def describe(task, image, prediction, categories, info):
@@ -226,9 +125,8 @@ def describe(task, image, prediction, categories, info):
         drawn = draw2d.draw_classes(image, prediction["labels"], prediction["scores"], names)
         return drawn, [prediction_files.classification(prediction, names, info)]
     if task == "fusion":
-        prediction, calib = prediction
-        info["calib"] = calib.tolist()
-        drawn = draw3d.draw_image(image, prediction, calib, names)
+        info["calib"] = prediction["calib"].tolist()
+        drawn = draw3d.draw_image(image, prediction, prediction["calib"], names)
         return drawn, prediction_files.boxes_3d(prediction, categories, info)
     if task == "masks":
         (prediction,) = paste_masks([prediction], [image.shape[-2:]])
@@ -275,42 +173,70 @@ def predict_images(net, task, names, args, run, threshold, labels):
     return path
 
 
+def is_nuscenes(text):
+    """Whether an input is a nuScenes folder: it contains v1.0-mini or another version."""
+    return any(Path(text).glob("v1.0-*/"))
+
+
+def radar_flags(checkpoint):
+    """RADAR_FLAGS as the run of the checkpoint had them."""
+    saved = torch_files.peek(checkpoint).get("flags") or {}
+    return {name: saved.get(name, value) for name, value in RADAR_FLAGS.items()}
+
+
+def load_samples(dataset, indices, report):
+    """The samples that can be read; `report` is called with the error of each other one."""
+    samples = []
+    for index in indices:
+        try:
+            samples.append(dataset.load(index))
+        except DataError as error:
+            report(error)
+    return samples
+
+
 def predict_nuscenes(net, names, args, run, threshold, labels):
     """Predict key frames of nuScenes with a CenterFusion; returns the path of the submission."""
-    saved = torch_files.read(args.checkpoint).get("flags") or {}
-    flags, use_radar = {name: saved.get(name, value) for name, value in RADAR_FLAGS.items()}, net.arguments["radar"]
-    radar = nuscenes.RadarOptions(
-        flags["radar_sweeps"] * use_radar, net.arguments["max_distance"], flags["pc_z_offset"]
-    )
-    version, split, cache = args.version or "", args.split or "", args.cache_dir or None
-    dataset = nuscenes.load_available(args.inputs[0], version, split, radar, cache)
+    flags, use_radar = radar_flags(args.checkpoint), net.arguments["radar"]
+    sweeps = flags["radar_sweeps"] if use_radar else 0
+    radar = nuscenes.RadarOptions(sweeps, net.arguments["max_distance"], flags["pc_z_offset"])
+    dataset = nuscenes.load_available(args.inputs[0], args.version or "", args.split or "", radar, args.cache_dir)
     key_frames = splits.select_key_frames(dataset, 8 if args.samples is None else args.samples)
     print(f"{len(key_frames)} key frames (--samples) of {dataset.version}, {dataset.split}: {dataset.summary()}")
-    untrained = net.untrained_heads()
+    options = {"dims": flags["pillar_dims"], "without": net.untrained_heads()}
     gallery, targets, detections = Gallery(args.out, args.overwrite), [], []
     path = gallery.claim("submission.json")
     progress = tqdm(total=sum(len(indices) for _, indices in key_frames), unit="image", disable=None)
     with gallery.writing(), progress:
         for name, indices in key_frames:
-            samples, predicted = [], []
-            for index in indices:
-                try:
-                    samples.append(dataset.load(index))
-                except DataError as error:
-                    gallery.report(error)
+            samples, predicted = load_samples(dataset, indices, gallery.report), []
             for batch in batches(samples, args.batch_size):
                 with gallery.timed(len(batch)):
-                    predicted += detect_3d(net, batch, run, threshold, labels, flags["pillar_dims"], untrained)
+                    predicted += detect_3d(net, batch, run, threshold, labels, **options)
                 progress.update(len(batch))
             if samples:
                 truth = [true_detections(target) for _, target in samples]
                 gallery.add(draw3d.draw_key_frame(samples, truth, predicted, names), name)
-                fields = ("image_id", "sample_token", "rotation", "translation")  # not the radar points, which are many
-                targets += [{field: target[field] for field in fields} for _, target in samples]
+                targets += [{field: target[field] for field in SUBMITTED} for _, target in samples]
                 detections += predicted
         files.write_json(path, to_submission(targets, detections, use_radar))
     gallery.close(summary(sum(len(detection["labels"]) for detection in detections), threshold))
     return path
+
+
+def refuse_flags(args, net, task):
+    """UsageError for a flag that would have no effect on these inputs or with this network."""
+    if task == "fusion" and any(map(is_nuscenes, args.inputs)):
+        if len(args.inputs) > 1:
+            raise UsageError(f"{', '.join(args.inputs)}: give nuScenes' folder alone")
+        cli.refuse(args, SOURCE_FLAGS, "is for images and videos, and this is nuScenes' folder")
+        return
+    what = "no input is one (a folder with v1.0-mini or another in it)" if task == "fusion" else f"this is a {net.name}"
+    cli.refuse(args, NUSCENES_FLAGS, f"is for CenterFusion on nuScenes' folder, and {what}")
+    if task != "fusion":
+        cli.refuse(args, ("calib",), f"is for CenterFusion, and {what}")
+    if task == "classes" and args.size and args.size[0] != args.size[1]:
+        raise UsageError(f"--size {args.size[0]} {args.size[1]}: a classifier's input is a square; give one number")
 
 
 def main(argv=None):
@@ -318,22 +244,16 @@ def main(argv=None):
     run = distributed.init_device(args.device, "", args.precision)
     args.checkpoint = torch_files.find_checkpoint(args.checkpoint)
     net = models.load(args.checkpoint, args.labels, args.size, args.priors)
+    if args.size and not net.image_size:
+        net.min_side, net.max_side = sorted(args.size)
     net.to(run.device, memory_format=torch.channels_last)
     names = net.classes or [f"class {label}" for label in range(net.num_classes)]
     task, labels = task_of(net), select_labels(args.classes, names)
-    if task == "classes" and args.size and args.size[0] != args.size[1]:
-        raise UsageError(f"--size {args.size[0]} {args.size[1]}: a classifier's input is a square; give one number")
+    refuse_flags(args, net, task)
     threshold = THRESHOLDS[task] if args.threshold is None else args.threshold
-    print(f"{models.summary(net)}, {len(names)} classes, {distributed.describe(run)}")
-    if task == "fusion" and any(any(Path(text).glob("v1.0-*/")) for text in args.inputs):
-        if len(args.inputs) > 1:
-            raise UsageError(f"{', '.join(args.inputs)}: give nuScenes' folder alone")
-        cli.refuse(args, SOURCE_FLAGS, "is for images and videos, and this is nuScenes' folder")
+    print(f"{models.summary(net)}, {len(names)} class{'es' * (len(names) > 1)}, {distributed.describe(run)}")
+    if task == "fusion" and is_nuscenes(args.inputs[0]):
         return predict_nuscenes(net, names, args, run, threshold, labels)
-    what = f"this is a {net.name}" if task != "fusion" else "no input is one (a folder with v1.0-mini or another in it)"
-    cli.refuse(args, NUSCENES_FLAGS, f"is for CenterFusion on nuScenes' folder, and {what}")
-    if task != "fusion":
-        cli.refuse(args, ("calib",), f"is for CenterFusion, and this is a {net.name}")
     return predict_images(net, task, names, args, run, threshold, labels)
 
 

@@ -166,8 +166,8 @@ def _columns(detections, categories):
     labels = detections["labels"].tolist()
     return {
         "category_id": [categories[label]["id"] for label in labels],
-        "bbox": [[round(value, 2) for value in box] for box in torch.cat([low, high - low], dim=1).tolist()],
-        "score": [round(score, 5) for score in detections["scores"].tolist()],
+        "bbox": [[round(value, 4) for value in box] for box in torch.cat([low, high - low], dim=1).tolist()],
+        "score": [round(score, 6) for score in detections["scores"].tolist()],
         "category_name": [categories[label]["name"] for label in labels],
     }
 

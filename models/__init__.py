@@ -58,7 +58,7 @@ def load(path: str | Path, labels: str | Path = "", size: Sequence[int] | None =
     """The network in a checkpoint of ours or a published file, in evaluation mode, on the CPU.
 
     labels   file of class names, one per line, instead of those in the file or in a labels.txt beside bare weights
-    size     (h, w) of the input, or shortest side and maximum of the longest, instead of those in the file
+    size     `image_size` instead of that in the file. It does not change `min_side` and `max_side`
     priors   "scaled" or "jetson", see `build`: of bare mb1-ssd weights, needed where `size` is not 300 x 300
 
     Averaged weights are used if there are any. The network gets `classes` (names in label order, None if unknown), and

@@ -89,6 +89,16 @@ def test_nms_in_the_graph(name, arguments, tmp_path):
     export_helpers.assert_same_detections(detections, expected or export_helpers.detect(net, images))
 
 
+@pytest.mark.parametrize(("size", "sides"), [((160, 160), (96, 128)), ((32, 96), (32, 96))])
+def test_the_size_of_the_input_is_not_that_of_the_images(size, sides, tmp_path):
+    """They are resized as in training, and are part of the input; or to what fits."""
+    _, given = saved(tmp_path, "retinanet", depth=18)
+    out = tmp_path / "net.onnx"
+    export.main([given, "--out", str(out), "--nms", "--size", *map(str, size)])
+    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(out).metadata_props if "side" in entry.key}
+    assert metadata == {"min_side": sides[0], "max_side": sides[1]}
+
+
 def test_jetson_layout(tmp_path, capsys):
     net, given = saved(tmp_path, "mb1-ssd", (160, 160), priors="jetson")
     out, labels = tmp_path / "new" / "ssd.onnx", tmp_path / "new" / "labels.txt"

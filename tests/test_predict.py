@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 
+import inference
 import models
 import predict
 from data import video_input
@@ -219,7 +220,10 @@ def test_ids_of_coco_annotations(ssd, drawn, tmp_path, capsys):
 def test_retinanet_boxes_are_in_pixels_of_the_files(drawn, tmp_path):
     data = drawn("retinanet")
     Script("retinanet", data).main(tmp_path / "run", "--max-steps", 1)
-    rows = run(tmp_path / "run/last.pt", data / "val2017", "--out", tmp_path / "out", "--threshold", 0.005)
+    words = [tmp_path / "run/last.pt", data / "val2017", "--out", tmp_path / "out", "--threshold", 0.005]
+    rows = run(*words)
+    assert run(*words, "--overwrite", "--size", 96, 48) == rows  # as in training
+    assert run(*words, "--overwrite", "--size", 96, 128) != rows
     boxes = torch.tensor([row["bbox"] for row in rows])
     assert len(boxes) and boxes.min() >= 0
     assert (boxes[:, 0] + boxes[:, 2]).max() > 200  # the files are 320 pixels wide
@@ -334,7 +338,7 @@ def test_plain_images_of_a_camera_are_predicted_as_nuscenes_is(drawn, tmp_path, 
     x, y, width, height = torch.tensor([row["bbox"] for row in rows]).T  # in pixels of the file
     cells = torch.stack([x + width / 2, y + height / 2], dim=1)
     centers, _ = project(expected["center"], target["calib"])
-    assert (cells - centers).abs().max() < 2 * 800 / 128 * predict.STRIDE  # two cells: the offsets are not trained
+    assert (cells - centers).abs().max() < 2 * 800 / 128 * inference.STRIDE  # two cells: the offsets are not trained
     assert "a camera alone, without radar\n" in capsys.readouterr().out
 
 
@@ -380,7 +384,7 @@ def test_nuscenes_is_predicted_alone_and_has_no_flags_of_images(drawn, centerfus
         (["rtsp://127.0.0.1:9/x"], "rtsp://127.0.0.1:9/x: cannot be read: Connection refused"),
         (["IMAGES", "nowhere.jpg"], "nowhere.jpg: no such file or folder"),
         (["EMPTY"], "EMPTY: no image .* in this folder"),
-        (["IMAGES", "--out", "FILE"], "--out FILE: .*; name another folder"),
+        (["IMAGES", "--out", "FILE"], "--out FILE: is a file; name a folder"),
     ],
 )
 def test_wrong_arguments_are_errors_of_one_line(ssd, images, tmp_path, words, message):

@@ -15,6 +15,7 @@ MAY_IMPORT = {  # our packages, and which of ours each may import beside itself
     "losses": {"ops", "utils"},
     "data": {"ops", "utils"},
     "evaluation": {"ops", "utils"},
+    "inference": {"data", "models", "ops", "utils"},
     "synthetic": {"data", "utils"},
 }
 CALLERS = ("tests", "benchmarks")

@@ -205,11 +205,11 @@ non_negative, probability = number(float, 0), number(float, 0, max_=1)
 def score(text: str) -> float:
     """A `type=` for scores from 0 to 1, which other programs give in percent."""
     try:
-        value = float(text)
+        value = float(text.rstrip(" %"))
     except ValueError:
         value = math.nan
     if 1 < value <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is above 1: scores are 0 to 1, and {text} % is {value / 100:g}")
+        raise argparse.ArgumentTypeError(f"{text} is above 1: scores are 0 to 1, and {value:g} % is {value / 100:g}")
     return probability(text)
 
 

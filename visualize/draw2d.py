@@ -218,5 +218,7 @@ def thumbnail(image: torch.Tensor, caption: str, side: int = 160, color: Color =
 
 
 def contact_sheet(cells: Sequence[torch.Tensor], columns: int = 6) -> torch.Tensor:
-    """Thumbnails of one size in rows, in order: uint8 [3,H,W]."""
-    return make_grid(torch.stack(list(cells)), nrow=columns, padding=4, pad_value=255)
+    """Thumbnails of one size in rows, in order: uint8 [3,H,W]. What is white above all of them is cut off."""
+    cells = torch.stack(list(cells))
+    top = int((cells < 255).any(dim=3).any(dim=1).any(dim=0).int().argmax())
+    return make_grid(cells[:, :, top:], nrow=columns, padding=4, pad_value=255)

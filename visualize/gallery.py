@@ -36,6 +36,8 @@ class Gallery:
         self._video, self._video_key = None, None
         self._errors, self._count, self._seconds, self._start = [], 0, 0.0, time.perf_counter()
         try:
+            if self.out.exists() and not self.out.is_dir():
+                raise UsageError(f"--out {out}: is a file; name a folder")
             self.out.mkdir(parents=True, exist_ok=True)
             if not os.access(self.out, os.W_OK):
                 raise UsageError(f"--out {out}: no permission to write; name another folder")
@@ -149,7 +151,8 @@ class Gallery:
                 _write_jpeg(self._sheet, contact_sheet(self._thumbnails))
         if self._count:
             rate, overall = self._count / self._seconds, self._count / (time.perf_counter() - self._start)
-            print(f"{self._count} images, {rate:.1f} per second in the network, {overall:.1f} overall")
+            images = f"{self._count} image{'s' * (self._count > 1)}"
+            print(f"{images}, {rate:.1f} per second in the network, {overall:.1f} overall")
             print(f"{summary}; what is drawn, {SHEET} and JSON are in {self.out}")
         if self._errors:
             count = f"{len(self._errors)} file{'s' * (len(self._errors) > 1)}"

@@ -23,6 +23,8 @@ def apply(
     """Set what the flags --labels, --size and --priors say about `net`, and print what is assumed without them.
 
     path   of its weights
+    size   sets `image_size`. A network with `min_side` and `max_side` keeps them: to predict.py a size is these two, to
+           export.py the input's height and width, which only have to be large enough
     bare   whether the file is a bare state dict: names and size are then those of published weights, if any
 
     Raises WeightsError where a flag does not fit the network or the file, or is needed; DataError for a labels file.
@@ -45,8 +47,6 @@ def _set_size(net, size):
         raise WeightsError(f"--size {size[0]} {size[1]}: {net.name} needs multiples of 32")
     if net.image_size:
         net.image_size = tuple(size)
-    else:
-        net.min_side, net.max_side = sorted(size)
 
 
 def _set_priors(net, path, bare, size, priors):

@@ -17,10 +17,10 @@ CATEGORIES = prediction_files.categories(NAMES)
 def test_detections_in_cocos_results_format():
     masks = torch.zeros(2, 20, 30, dtype=torch.bool)
     masks[1, 5:9, 3:7] = True
-    detections = {"boxes": torch.tensor([[1.0, 2, 4.126, 8], [3, 5, 7, 9]]), "labels": torch.tensor([1, 0])}
+    detections = {"boxes": torch.tensor([[1.0, 2, 4.12345678, 8], [3, 5, 7, 9]]), "labels": torch.tensor([1, 0])}
     detections["scores"] = torch.tensor([0.987654321, 0.5])
     info = {"id": 7, "file_name": "clip.mp4", "frame": 3, "height": 20, "width": 30}
-    expected = {"image_id": 7, "category_id": 2, "bbox": [1.0, 2.0, 3.13, 6.0], "score": 0.98765}
+    expected = {"image_id": 7, "category_id": 2, "bbox": [1.0, 2.0, 3.1235, 6.0], "score": 0.987654}
     expected |= {"category_name": "dog", "file_name": "clip.mp4", "frame": 3}
     assert prediction_files.coco(detections, CATEGORIES, info)[0] == expected
     rows = json.loads(json.dumps(prediction_files.coco(detections | {"masks": masks}, CATEGORIES, info)))

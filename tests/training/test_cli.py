@@ -216,7 +216,13 @@ def test_other_errors_keep_their_traceback_and_an_interrupt_has_exit_code_130():
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("40", "scores are 0 to 1, and 40 % is 0.4"), ("101", "is above 1"), ("x", "is not a number")]
+    ("text", "reason"),
+    [
+        ("40", "scores are 0 to 1, and 40 % is 0.4"),
+        ("40%", "and 40 % is 0.4"),
+        ("101", "is above 1"),
+        ("x", "is not a number"),
+    ],
 )
 def test_scores_in_percent_are_told_so(text, reason):
     assert cli.score("0.4") == 0.4 and cli.score("1") == 1

@@ -145,7 +145,9 @@ def test_a_thumbnail_keeps_the_aspect_ratio_above_its_caption():
     assert cell.shape == (3, 100 + draw2d.CAPTION_HEIGHT, 100)
     rows = (cell[:, :100] == 0).all(0).any(1).nonzero().flatten()
     assert rows.tolist() == list(range(75, 100))
-    assert draw2d.contact_sheet([cell] * 7, columns=3).shape == (3, 3 * (118 + 4) + 4, 3 * 104 + 4)
+    square = draw2d.thumbnail(torch.zeros(3, 50, 50, dtype=torch.uint8), "x", side=100)
+    for cells, height in (([cell] * 7, 43), ([cell] * 6 + [square], 118)):  # without what is white above all of them
+        assert draw2d.contact_sheet(cells, columns=3).shape == (3, 3 * (height + 4) + 4, 3 * 104 + 4)
 
 
 def test_a_long_caption_keeps_its_end():

@@ -115,7 +115,7 @@ def test_unreadable_files_are_reported_at_once_and_fail_at_the_end(tmp_path, cap
 
 def test_an_output_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"--out .*file: .*; name another folder"):
+    with pytest.raises(UsageError, match=r"--out .*file: is a file; name a folder"):
         Gallery(tmp_path / "file")
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     with pytest.raises(UsageError, match=r"--out .*: no permission to write; name another folder"):
