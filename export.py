@@ -72,7 +72,11 @@ def parse_args(argv):
     arg("--batch", type=cli.positive, default=1, help="batch size of the input, fixed")
     arg("--dynamic-batch", action="store_true", help="any batch size")
     arg("--nms", action="store_true", help="put NMS into the graph: its outputs are boxes, labels, scores")
-    arg("--threshold", type=cli.probability, help="minimum score with --nms (default: 0.01, RetinaNet 0.05)")
+    arg(
+        "--threshold",
+        type=cli.probability,
+        help="minimum score with --nms; default: that of the run's validation (0.01, RetinaNet 0.05)",
+    )
     arg("--opset", type=cli.number(int, 17), help="ONNX opset version; default: 18, or 19 where the network needs it")
     tolerance = "maximum difference from this program; relative for outputs above 1, such as boxes in pixels"
     arg("--tolerance", type=cli.non_negative, default=3e-4, help=tolerance)

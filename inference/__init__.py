@@ -61,15 +61,18 @@ def detect_in_batch(net, batch, targets, run, threshold):
     """`detect` in a padded batch (uint8 [B,3,H,W]), of all classes."""
     size, shapes = tuple(batch.shape[-2:]), [target["shape"] for target in targets]
     pixels = normalize(batch.to(run.device, non_blocking=True), net.image_mean, net.image_std, shapes)
+    limits = net.nms_limits | {"score_threshold": threshold}  # those of the run's validation
+    if task_of(net) == "masks":
+        net.limit_detections(**limits)
     with run.autocast():
         outputs = net(pixels, shapes) if task_of(net) == "masks" else net(pixels)
     if task_of(net) == "masks":
         detections = outputs
     elif net.image_size:
-        detections = nms.ssd_detections(outputs, net.anchors(size), net.box_weights, size, threshold)
+        detections = nms.ssd_detections(outputs, net.anchors(size), net.box_weights, size, **limits)
     else:
         anchors, levels = net.anchors(size), net.level_sizes(size)
-        detections = nms.retinanet_detections(outputs, anchors, net.box_weights, shapes, levels, threshold)
+        detections = nms.retinanet_detections(outputs, anchors, net.box_weights, shapes, levels, **limits)
     return to_file_pixels(detections, targets)
 
 

@@ -18,6 +18,8 @@ from utils.errors import WeightsError
 # name -> function of num_classes and the network's own arguments
 ARCHITECTURES = {**ssd.NETWORKS, **retinanet.NETWORKS, **centerfusion.NETWORKS, **maskrcnn.NETWORKS}
 ARCHITECTURES |= backbones.NETWORKS
+# limits of ops.nms -> flags that set them
+NMS_FLAGS = {"score_threshold": "score_threshold", "iou_threshold": "nms_iou", "max_detections": "detections_per_image"}
 
 
 def build(name: str, num_classes: int, **arguments) -> nn.Module:
@@ -61,13 +63,16 @@ def load(path: str | Path, labels: str | Path = "", size: Sequence[int] | None =
     size     `image_size` instead of that in the file. It does not change `min_side` and `max_side`
     priors   "scaled" or "jetson", see `build`: of bare mb1-ssd weights, needed where `size` is not 300 x 300
 
-    Averaged weights are used if there are any. The network gets `classes` (names in label order, None if unknown), and
-    either `image_size` (height, width) or, with None as `image_size`, `min_side` and `max_side`. Raises WeightsError,
-    and DataError for a labels file.
+    Averaged weights are used if there are any. The network gets `classes` (names in label order, None if unknown),
+    either `image_size` (height, width) or, with None as `image_size`, `min_side` and `max_side`, and `nms_limits`, the
+    score_threshold, iou_threshold and max_detections of the run, as far as the file has them. Raises WeightsError, and
+    DataError for a labels file.
     """
     saved = torch_files.read(path)
     bare = "architecture" not in saved
     net = pretrained.load(saved, source=path) if bare else _from_checkpoint(saved, path)
+    flags = {} if bare else saved.get("flags") or {}
+    net.nms_limits = {name: flags[flag] for name, flag in NMS_FLAGS.items() if flag in flags}
     metadata.apply(net, path, bare, labels, size, priors)
     return net
 

@@ -20,7 +20,7 @@ import models
 import predict
 from data import video_input
 from data.nuscenes import NuScenesDataset, RadarOptions, load_available
-from models import pretrained
+from models import onnx, pretrained
 from ops.geometry import project
 from tests.script_helpers import Script, launch
 from training import checkpoint, distributed
@@ -227,6 +227,27 @@ def test_retinanet_boxes_are_in_pixels_of_the_files(drawn, tmp_path):
     boxes = torch.tensor([row["bbox"] for row in rows])
     assert len(boxes) and boxes.min() >= 0
     assert (boxes[:, 0] + boxes[:, 2]).max() > 200  # the files are 320 pixels wide
+
+
+@pytest.mark.parametrize("arch", ["mb1-ssd", "retinanet_resnet18", "maskrcnn_resnet18"])
+def test_limits_of_the_detections_are_those_of_the_run(arch, images, tmp_path):
+    """Those of its validation, but for the score; an ONNX file has them too."""
+    arguments = {"width": 32, "hidden": 32} if arch.startswith("mask") else {}
+    net, limits = (
+        models.build(arch, 2, **arguments),
+        {"nms_iou": 0.3, "detections_per_image": 7, "score_threshold": 0.2},
+    )
+    sizes = {"image_size": (96, 96)} if arch == "mb1-ssd" else {"min_side": 64, "max_side": 96}
+    net.classes = ["a", "b"]
+    contents = {**models.describe(net, **sizes), "model": net, "flags": limits}
+    checkpoint.write(tmp_path / "last.pt", contents)
+    rows = run(tmp_path / "last.pt", sorted(images.iterdir())[0], "--out", tmp_path / "out", "--threshold", 0)
+    assert len(rows) == 7
+    loaded = models.load(tmp_path / "last.pt")
+    assert loaded.nms_limits == {"score_threshold": 0.2, "iou_threshold": 0.3, "max_detections": 7}
+    if not arch.startswith("mask"):
+        rules = onnx.graph(loaded, (64, 64), with_nms=True).rules
+        assert rules.items() >= loaded.nms_limits.items() and rules["candidates"] > 100
 
 
 def test_a_classifier_predicts_five_classes(drawn, tmp_path):

@@ -19,8 +19,9 @@ from ops.boxes import decode, take
 from utils.errors import WeightsError
 
 LAYOUTS = ("sightline", "jetson")
-# As in ops.nms: score threshold, IoU threshold, candidates (per class of SSD, per level of RetinaNet), max detections.
-SSD_RULES, RETINANET_RULES = (0.01, 0.45, 400, 200), (0.05, 0.5, 1000, 100)
+# The defaults of ops.nms; candidates of each class of SSD, of each level of RetinaNet.
+SSD_RULES = {"score_threshold": 0.01, "iou_threshold": 0.45, "candidates": 400, "max_detections": 200}
+RETINANET_RULES = {"score_threshold": 0.05, "iou_threshold": 0.5, "candidates": 1000, "max_detections": 100}
 CANDIDATES = ("all_boxes", "all_scores")  # inputs of NMS: outputs of the module, but not of the file
 
 
@@ -125,7 +126,7 @@ class Detector(nn.Module):
     layout     "jetson": scores [B,A,K+1], background first, and boxes as fractions of the input, not clipped
     with_nms   instead: boxes [B,N,4], labels int64 [B,N] and scores [B,N], highest first; unused rows have score 0,
                label -1 and a box of zeros. The CANDIDATES follow: boxes and scores as above
-    threshold  minimum score with NMS; None: that of evaluation
+    threshold  minimum score with NMS; None: that of the run's validation, see models.load
     """
 
     opset = 18
@@ -138,8 +139,9 @@ class Detector(nn.Module):
         height, width = size
         self.register_buffer("anchors", net.anchors(size).clone())
         self.register_buffer("image_size", torch.tensor([width, height, width, height], dtype=torch.float32))
-        rules = SSD_RULES if self.background else RETINANET_RULES
-        self.rules = (rules[0] if threshold is None else threshold, *rules[1:])
+        self.rules = (SSD_RULES if self.background else RETINANET_RULES) | getattr(net, "nms_limits", {})
+        if threshold is not None:
+            self.rules["score_threshold"] = threshold
         self.level_sizes = None if self.background else net.level_sizes(size)
         self.inputs = ("input_0",) if self.jetson else ("images",)
         self.outputs = ("boxes", "labels", "scores", *CANDIDATES) if with_nms else ("scores", "boxes")
@@ -159,8 +161,8 @@ class Detector(nn.Module):
     def nms(self, boxes, scores):
         """Boxes [B,A,4] and scores [B,A,K] -> boxes [B,N,4], labels [B,N] and scores [B,N] of the detections."""
         if self.background:
-            return ssd_nms(boxes, scores, *self.rules)
-        return retinanet_nms(boxes, scores, self.level_sizes, *self.rules)
+            return ssd_nms(boxes, scores, **self.rules)
+        return retinanet_nms(boxes, scores, self.level_sizes, **self.rules)
 
 
 class PaddedRetinaNet(Detector):
