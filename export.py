@@ -64,7 +64,7 @@ def parse_args(argv):
     arg("checkpoint", help=checkpoint)
     out = "ONNX file; default: the checkpoint's name with .onnx, unless --state-dict is given"
     arg("--out", default="", metavar="FILE", help=out)
-    names = "write a bare state dict with the names of dusty-nv's, torchvision's or yhenon's files"
+    names = "write bare weights under the names of dusty-nv's, torchvision's, yhenon's or mrnabati's files"
     arg("--state-dict", "--weights", dest="state_dict", default="", metavar="FILE", help=names)
     arg = parser.add_argument_group("ONNX").add_argument
     layout = "names and form of inputs and outputs: see above, or as jetson-inference loads them"

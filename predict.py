@@ -1,4 +1,4 @@
-"""Run a trained network on images, folders, videos, cameras or nuScenes: writes what it finds, drawn and as JSON.
+"""Run a trained network on images, videos, cameras or nuScenes, draw its predictions and write them as JSON.
 
     python predict.py runs/drone/best.pt photos/ holiday.jpg "more/*.png"
     python predict.py runs/drone/best.pt clip.mp4 --every 5 --threshold 0.5 --classes car,person --out clip
@@ -68,22 +68,22 @@ def parse_args(argv):
     minimum = "minimum score, 0 to 1 (default: 0.4; with masks 0.5, CenterFusion 0.3, classifiers 0)"
     arg("--threshold", type=cli.score, metavar="SCORE", help=minimum)
     arg("--classes", default="", metavar="NAME,NAME", help="predict only these classes")
-    arg("--every", type=cli.positive, metavar="N", help="use every Nth frame of a video or camera; its speed stays")
+    arg("--every", type=cli.positive, metavar="N", help="use every Nth frame of a video or camera")
     arg("--save-frames", action="store_true", help="also write each frame of a video as an image")
-    arg("--annotations", metavar="FILE", help="COCO annotations of the images: the JSON files get their ids")
+    arg("--annotations", metavar="FILE", help="COCO annotations of the images: the JSON files take their ids from it")
     arg("--batch-size", type=cli.positive, default=8, metavar="N", help="images per batch")
     cli.add_device_arguments(arg)
     size = "input size in pixels: height and width, or one number for both; of a RetinaNet or Mask R-CNN the shortest "
     size += "side and the maximum of the longest; default: that of the checkpoint or of the published weights"
     cli.add_weights_arguments(parser, size)
-    arg = parser.add_argument_group("nuScenes, for CenterFusion").add_argument
+    arg = parser.add_argument_group("CenterFusion on nuScenes").add_argument
     version = "folder of the tables (default: the first that exists of v1.0-mini, v1.0-trainval, v1.0-test)"
     arg("--version", help=version)
     arg("--split", help="mini_val, val, ... (default: the first with images, validation before training)")
     arg("--samples", type=cli.count, metavar="N", help="number of key frames, evenly spaced; 0: all (default: 8)")
-    arg("--cache-dir", metavar="DIR", help="where the parsed tables are kept; default: beside them")
-    arg = parser.add_argument_group("images and videos, for CenterFusion: the camera alone").add_argument
-    calib = f"matrix of the camera, {cameras.FORMATS}; default: a focal length of {cameras.USUAL_FOCAL_LENGTH} widths"
+    arg("--cache-dir", metavar="DIR", help="folder of the parsed tables; default: beside the tables")
+    arg = parser.add_argument_group("CenterFusion on images and videos, without radar").add_argument
+    calib = f"matrix of the camera, {cameras.FORMATS}; default: focal length {cameras.USUAL_FOCAL_LENGTH} image widths"
     arg("--calib", metavar="FILE", help=calib)
     return parser.parse(argv)
 

@@ -58,7 +58,7 @@ def parse_args(argv):
     arg("--weights", "--pretrained", default="auto", metavar="auto|coco|imagenet|none|FILE", help=start)
     backbone = "start with these weights of the ResNet alone; auto: ImageNet weights"
     arg("--backbone-weights", default="none", metavar="auto|none|FILE", help=backbone)
-    stages = "freeze the first N of the ResNet's five stages; auto: 2 with published weights, requested by name, else 0"
+    stages = "freeze the first N of the ResNet's five stages; auto: 2 if it starts from downloaded weights, else 0"
     arg("--freeze-stages", type=cli.auto_stages, default="auto", metavar="auto|N", help=stages)
     arg("--backbone-lr", type=cli.non_negative, metavar="LR", help="learning rate of the backbone (default: --lr)")
     cli.add_score_arguments(parser, score_threshold=0.05, nms_iou=0.5, detections_per_image=100)

@@ -59,7 +59,7 @@ def parse_args(argv):
     arg("--width-mult", "--mb2-width-mult", type=cli.non_negative, default=1.0, help="mb2-ssd-lite: width multiplier")
     sizes = "minimum size of the priors of each of the six maps, in pixels at 300 x 300, and the maximum of the last"
     arg("--box-sizes", type=cli.non_negative, nargs=7, metavar="PIXELS", help=sizes)
-    priors = "mb1-ssd: priors at other resolutions than 300, as in jetson-inference or those of 300 in proportion; "
+    priors = "mb1-ssd: priors at other resolutions than 300: those of jetson-inference, or those of 300 scaled; "
     priors += "default: jetson (scaled with --box-sizes); a resumed run keeps its own"
     arg("--priors", choices=ssd.PRIORS, help=priors)
     arg("--match-iou", type=cli.probability, default=0.5, help="minimum IoU of a positive prior")

@@ -61,7 +61,7 @@ def detect_in_batch(net, batch, targets, run, threshold):
     """`detect` in a padded batch (uint8 [B,3,H,W]), of all classes."""
     size, shapes = tuple(batch.shape[-2:]), [target["shape"] for target in targets]
     pixels = normalize(batch.to(run.device, non_blocking=True), net.image_mean, net.image_std, shapes)
-    limits = net.nms_limits | {"score_threshold": threshold}  # those of the run's validation
+    limits = getattr(net, "nms_limits", {}) | {"score_threshold": threshold}  # those of the run's validation
     if task_of(net) == "masks":
         net.limit_detections(**limits)
     with run.autocast():

@@ -79,6 +79,7 @@ def test_a_run_folder_that_machines_do_not_share_is_refused_at_the_first_start(s
         assert "runs/x is not the folder of process 0, " in error
         assert error.endswith("give a --model-dir on a disk that all machines share")
         assert "run_folder.py" not in output, "a traceback of the script"
-        assert re.findall(r"^ *exitcode +: (\d+)", output, re.MULTILINE) == ["2"]
+        # the other machine's torchrun may have stopped it first, by SIGTERM
+        assert re.findall(r"^ *exitcode +: (-?\d+)", output, re.MULTILINE) in (["2"], ["-15"])
         assert code == 1  # of torchrun
     assert not [path for folder in working_directories for path in folder.rglob("*") if path.is_file()]

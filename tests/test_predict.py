@@ -70,7 +70,7 @@ def test_detections_have_cocos_results_format(ssd, images, tmp_path, capsys):
     rows = run(ssd, images, "--out", tmp_path, "--threshold", 0.05)
     printed = capsys.readouterr().out
     assert "averaged weights" in printed and "24 images, " in printed and "per second in the network" in printed
-    assert f"{len(rows)} boxes with a score of at least 0.05; what is drawn" in printed
+    assert f"{len(rows)} boxes with a score of at least 0.05; annotated images, sheet.jpg" in printed
     assert rows == read(tmp_path / "detections.json") and len(rows)
     assert {path.stem for path in tmp_path.glob("*.jpg")} == {path.stem for path in images.iterdir()} | {"sheet"}
     infos = {info["id"]: info for info in read(tmp_path / "images.json")["images"]}

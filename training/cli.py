@@ -268,7 +268,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--overwrite", action="store_true", help="delete the run in --model-dir and start a new one")
     evaluate = "evaluate --resume or --weights with the flags of their run, write RUN/evaluation, then exit"
     arg("--eval-only", action="store_true", help=evaluate)
-    split = "with --eval-only: the split to evaluate, by its name in --data (csv: a csv file); default: as in training"
+    split = "with --eval-only: name of the split in --data to evaluate (csv: a csv file); default: that of validation"
     arg("--split", default="", metavar="NAME", help=split)
     preflight = "run one step and one evaluation on the largest batches, print the peak memory, exit"
     arg("--preflight", action="store_true", help=preflight)
@@ -355,7 +355,7 @@ def add_weights_arguments(parser: ArgumentParser, size: str) -> None:
     names = "class names, one per line; default: those in the checkpoint, or in a labels.txt beside bare weights"
     arg("--labels", default="", metavar="FILE", help=names)
     arg("--size", type=positive, nargs="+", action=SizeAction, metavar=("H", "W"), help=size)
-    priors = "priors of bare mb1-ssd weights at other sizes than 300: jetson-inference's, or those of 300 in proportion"
+    priors = "priors of bare mb1-ssd weights at other sizes than 300: those of jetson-inference, or those of 300 scaled"
     arg("--priors", choices=("scaled", "jetson"), default="", help=priors)
 
 
@@ -415,7 +415,7 @@ def add_score_arguments(
     arg(*names, type=positive, default=detections_per_image, metavar="N", help=maximum)
     true = "minimum IoU of a true positive in mAP, AP/CLASS, the curves and confusion.csv; COCO's AP has its own"
     arg("--iou-threshold", type=number(float, 0.01, max_=1), default=0.5, help=true)
-    points = "mAP and AP/CLASS are the 11-point ones of VOC2007 instead of the area under the curve"
+    points = "compute mAP and AP/CLASS at the 11 points of VOC2007, not as the area under the curve"
     arg("--use-2007-metric", type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=points)
 
 

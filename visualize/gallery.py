@@ -33,7 +33,7 @@ class Gallery:
     def __init__(self, out: str | Path, overwrite: bool = False, save_frames: bool = False):
         self.out, self._save_frames = Path(out), save_frames
         self._thumbnails, self._added, self._step = [], 0, 1
-        self._video, self._video_key = None, None
+        self._video, self._video_key, self._kinds = None, None, set()
         self._errors, self._count, self._seconds, self._start = [], 0, 0.0, time.perf_counter()
         try:
             if self.out.exists() and not self.out.is_dir():
@@ -120,12 +120,14 @@ class Gallery:
     def _save(self, image, stem):
         path = self._claim_free(stem, ".jpg")
         _write_jpeg(path, image)
+        self._kinds.add("images")
         return path.stem
 
     def _add_to_video(self, image, stem, frame, key):
         if key != self._video_key:
             self._close_video()
             self._video, self._video_key = VideoWriter(self._claim_free(stem, ".mp4"), frame.rate), key
+            self._kinds.add("videos")
         self._video.add(image, frame.seconds)
 
     def _close_video(self):
@@ -153,7 +155,7 @@ class Gallery:
             rate, overall = self._count / self._seconds, self._count / (time.perf_counter() - self._start)
             images = f"{self._count} image{'s' * (self._count > 1)}"
             print(f"{images}, {rate:.1f} per second in the network, {overall:.1f} overall")
-            print(f"{summary}; what is drawn, {SHEET} and JSON are in {self.out}")
+            print(f"{summary}; annotated {' and '.join(sorted(self._kinds))}, {SHEET} and JSON are in {self.out}")
         if self._errors:
             count = f"{len(self._errors)} file{'s' * (len(self._errors) > 1)}"
             raise UsageError(f"{count} could not be read, see above; all others are done")

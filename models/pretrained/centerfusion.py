@@ -37,7 +37,8 @@ def fine_tune(net: CenterFusion, path_or_state_dict: str | Path | dict, strict: 
     """Load a CenterFusion or CenterNet, published or ours; returns a line for the console.
 
     Body and upsampling must fit. A head is loaded if the file has it in the same shape, else it keeps its random
-    weights, as does `hm` where the class names differ (a WeightsError if `strict`).
+    weights, as does `hm` where the class names differ. `strict`: WeightsError in that case, and if only one of file and
+    network has the heads of the radar.
     """
     saved, state, label = open_weights(path_or_state_dict)
     family = family_of(state, FAMILIES, label)
@@ -58,6 +59,10 @@ def fine_tune(net: CenterFusion, path_or_state_dict: str | Path | dict, strict: 
         count = len(state.get("hm.2.bias", ()))
         counts = f"has other classes than the data, {count} in hm, {net.num_classes} in the data"
         raise WeightsError(f"{label}: {counts}; give the data that it was trained on")
+    file_has_radar = "dep_sec.0.weight" in state
+    if strict and file_has_radar != net.arguments["radar"]:
+        remedy = "with radar; add --pointcloud" if file_has_radar else "without radar; leave out --pointcloud"
+        raise WeightsError(f"{label}: was trained {remedy}")
     # CenterNet's files of 2019 also have the ImageNet classifier of the body, base.fc.
     loaded = {key: value for key, value in state.items() if key.split(".")[0] in parts and "base.fc." not in key}
     unused = sorted({"base.fc" if "base.fc." in key else key.split(".")[0] for key in state} - {*parts, *random})

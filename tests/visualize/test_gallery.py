@@ -30,7 +30,7 @@ def test_images_of_the_same_name_do_not_replace_each_other(tmp_path, capsys):
         output.close("3 boxes")
         assert names(tmp_path / "out") == {"a.jpg", "a_2.jpg", "sheet_2.jpg", "sheet.jpg"}
     printed = capsys.readouterr().out
-    assert "3 images, " in printed and "3 boxes; what is drawn, sheet.jpg and JSON are in " in printed
+    assert "3 images, " in printed and "3 boxes; annotated images, sheet.jpg and JSON are in " in printed
 
 
 def test_an_earlier_prediction_is_refused_and_overwrite_deletes_its_files_alone(tmp_path):

@@ -44,6 +44,13 @@ def test_camera_only_network():
     assert not net.velocity[0].bias.any()  # same shape in both, but part of a head that is not loaded
 
 
+@pytest.mark.parametrize("radar", [True, False])
+def test_evaluation_with_radar_where_the_file_has_none(radar):
+    """And the other way around: heads would be random."""
+    with pytest.raises(WeightsError, match="leave out --pointcloud" if radar else "add --pointcloud"):
+        centerfusion.fine_tune(build(radar=radar), build(radar=not radar).state_dict(), strict=True)
+
+
 def test_whole_network():
     source, net = build(), build()
     line, heads = random_heads(net, source.state_dict())
