@@ -128,12 +128,12 @@ class MaskRCNN(nn.Module):
         heads = self.roi_heads
         return pool_and_apply(features, rois, shapes, MASK_SIZE, heads.mask_head, heads.mask_predictor)
 
-    @torch.no_grad()
     def limit_detections(self, score_threshold=0.05, iou_threshold=0.5, max_detections=100):
         """Set the minimum score, the IoU threshold of NMS and the maximum number per image of `detect`."""
         heads = self.roi_heads
         heads.score_thresh, heads.nms_thresh, heads.detections_per_img = score_threshold, iou_threshold, max_detections
 
+    @torch.no_grad()
     def detect(self, features, proposals, shapes, *others):
         """The detections of `forward`; with other tensors, (detections, *others), all on the CPU by the same copy.
 

@@ -187,6 +187,13 @@ def test_detections_and_raw_outputs_of_one_pass():
         torch.testing.assert_close(outputs, net(images, shapes, sample))
 
 
+def test_detections_keep_no_graph():
+    """Also where gradients are enabled: it would keep the features of the whole batch alive."""
+    images, shapes = torch.randn(2, 3, 96, 96), [(96, 96), (70, 80)]
+    for detection in small().eval()(images, shapes):
+        assert len(detection["scores"]) and not any(value.requires_grad for value in detection.values())
+
+
 def test_a_gpu_gets_the_same_with_padding():
     net = small().eval()
     images, shapes = torch.randn(2, 3, 96, 96), [(96, 96), (70, 80)]
