@@ -48,10 +48,10 @@ from synthetic.shapes import drawing
 from training import cli
 from utils import files, torch_files
 from utils.errors import DataError, UsageError, WeightsError
+from utils.labels import first_names
 
 # Arguments of networks that a bare state dict does not store.
 NOT_STORED = ("anchors", "anchor_scale", "box_sizes", "priors", "radar", "threshold", "max_distance")
-MAX_NAMED = 5  # classes in a message
 MAX_IMAGES = 8  # of --check-images
 SIZES = ((1, 1), (0.61, 1), (1, 0.47), (0.53, 0.72))  # (h, w) of images in a padded input, to be checked, as fractions
 CALIB = ((1266.4, 0.0, 816.3, 0.0), (0.0, 1266.4, 491.5, 0.0), (0.0, 0.0, 1.0, 0.0))  # a camera of nuScenes
@@ -298,10 +298,9 @@ def jetson_labels(net, file):
     """The lines of jetson-inference's labels.txt. UsageError if `file` has others, as they may be another network's."""
     names = ["BACKGROUND"] * isinstance(net, SSD) + class_names(net)
     if file.exists() and [line.strip() for line in files.read_lines(file) if line.strip()] != names:
-        expected = ", ".join(names[:MAX_NAMED]) + ", ..." * (len(names) > MAX_NAMED)
         raise UsageError(
-            f"{file}: would be overwritten with other names ({expected}); move it, write --out into another folder, or "
-            "name the classes with --labels"
+            f"{file}: would be overwritten with other names ({first_names(names)}); move it, write --out into "
+            "another folder, or name the classes with --labels"
         )
     return "".join(f"{name}\n" for name in names)
 

@@ -43,6 +43,7 @@ from training import cli, distributed
 from training.signals import StopSignals
 from utils import files, torch_files
 from utils.errors import DataError, UsageError
+from utils.labels import first_names
 from visualize import draw2d, draw3d
 from visualize.gallery import Gallery
 
@@ -93,8 +94,7 @@ def select_labels(text, names):
     selected = [name.strip() for name in text.split(",") if name.strip()] or names
     unknown = [name for name in selected if name not in names]
     if unknown:
-        known = ", ".join(names[:MAX_NAMED]) + ", ..." * (len(names) > MAX_NAMED)
-        raise UsageError(f"--classes: no class {', '.join(unknown)}; there are {known}")
+        raise UsageError(f"--classes: no class {', '.join(unknown)}; there are {first_names(names, MAX_NAMED)}")
     return torch.tensor([label for label, name in enumerate(names) if name in selected])
 
 

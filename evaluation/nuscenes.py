@@ -15,7 +15,7 @@ from evaluation import Evaluator, nuscenes_devkit, tables
 from evaluation.buffers import ImageBuffer, structured
 from evaluation.nuscenes_devkit import MATCH_DISTANCE, MEASURES, Score
 from utils import files
-from utils.nuscenes import ATTRIBUTES, CLASSES, devkit_is_installed
+from utils.nuscenes import ATTRIBUTES, CLASSES, devkit_is_installed, is_annotated
 
 __all__ = ["MEASURES", "NuScenesEvaluator", "score_ground_truth", "to_submission", "true_detections"]
 
@@ -103,7 +103,7 @@ class NuScenesEvaluator(Evaluator):
         return ", ".join(f"{name} {metrics[name]:.3f}" for name in MEASURES if name in metrics)
 
     def _score(self, submission, images):
-        if self.version.endswith("test"):
+        if not is_annotated(self.version):
             self.print(f"no official score: {self.version} has no annotations; upload submission.json to nuScenes")
             return Score({})
         if not devkit_is_installed():

@@ -13,9 +13,8 @@ import torch
 
 from ops import rle
 from utils.errors import DataError, UsageError
+from utils.labels import first_names
 from utils.nuscenes import ATTRIBUTES
-
-MAX_NAMED = 5  # names that an error message lists
 
 
 class JsonList:
@@ -79,12 +78,12 @@ def coco_ids(
     ids = {image: _coco_id(Path(image), known) for image in images}
     missing = [str(image) for image, number in ids.items() if number is None]
     if missing:
-        listed = f"{len(missing)} of {len(ids)} inputs are not in it: {shortened(missing)}"
+        listed = f"{len(missing)} of {len(ids)} inputs are not in it: {first_names(missing)}"
         raise UsageError(f"--annotations {path}: {listed}; give its images only")
     if len(set(ids.values())) < len(ids):
         raise UsageError(f"--annotations {path}: several of the inputs are the same image in it; give each once")
     if not ids_of.keys() & set(names):
-        classes = f"{shortened(names)} are not among its {shortened(list(ids_of))}"
+        classes = f"{first_names(names)} are not among its {first_names(list(ids_of))}"
         raise UsageError(f"--annotations {path}: the network's classes {classes}; give the file of its data set")
     return ids, [{"id": ids_of.get(name), "name": name} for name in names]
 
@@ -117,13 +116,8 @@ def known(labels: torch.Tensor, categories: Sequence[Mapping], path: str | Path)
     """The `labels` int64 [K] whose categories have an id; prints which have none in the annotations at `path`."""
     unknown = [categories[label]["name"] for label in labels.tolist() if categories[label]["id"] is None]
     if unknown:
-        print(f"{len(unknown)} classes are not in {path} and left out: {shortened(unknown)}")
+        print(f"{len(unknown)} classes are not in {path} and left out: {first_names(unknown)}")
     return labels[[categories[label]["id"] is not None for label in labels.tolist()]]
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first MAX_NAMED names."""
-    return ", ".join(names[:MAX_NAMED]) + ", ..." * (len(names) > MAX_NAMED)
 
 
 def coco(detections: Mapping[str, torch.Tensor], categories: Sequence[Mapping], info: Mapping) -> list[dict]:

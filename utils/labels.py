@@ -1,5 +1,6 @@
-"""Class names from a text file."""
+"""Class names: from a text file, and in messages."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.errors import DataError
@@ -17,3 +18,8 @@ def read_labels(path: str | Path) -> list[str]:
     if not names:
         raise DataError(path, "", "contains no class name; write one name per line")
     return names
+
+
+def first_names(names: Sequence[str], limit: int = 5) -> str:
+    """The first `limit` names, for a message."""
+    return ", ".join(names[:limit]) + ", ..." * (len(names) > limit)

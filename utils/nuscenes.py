@@ -48,6 +48,11 @@ MINI_TRAIN = tuple(f"scene-{number:04}" for number in (61, 553, 655, 757, 796, 1
 MINI_VAL = ("scene-0103", "scene-0916")
 
 
+def is_annotated(version: str) -> bool:
+    """Whether the tables of a version have annotations; those of v1.0-test have none."""
+    return not version.endswith("test")
+
+
 def devkit_is_installed() -> bool:
     """Whether nuscenes-devkit is installed. A folder that happens to be called nuscenes is not it."""
     spec = importlib.util.find_spec("nuscenes")

@@ -23,7 +23,7 @@ from data.nuscenes.tables import CHANNELS, Tables
 from data.seeding import SeededDataset
 from ops.geometry import yaw_to_alpha
 from utils.errors import DataError
-from utils.nuscenes import CAMERAS, CLASSES, RADARS
+from utils.nuscenes import CAMERAS, CLASSES, RADARS, is_annotated
 
 RADARS_OF_CAMERA = {  # whose points may be in a camera's image, in the order they are read
     "CAM_FRONT": ("RADAR_FRONT", "RADAR_FRONT_LEFT", "RADAR_FRONT_RIGHT"),
@@ -101,8 +101,8 @@ class NuScenesDataset(SeededDataset):
 
     @property
     def annotated(self) -> bool:
-        """Whether the tables have annotations; those of v1.0-test have none."""
-        return not self.version.endswith("test")
+        """Whether its objects are known, see utils.nuscenes.is_annotated."""
+        return is_annotated(self.version)
 
     def path(self, frame: int) -> str:
         return os.path.join(self.root, self.tables.frame_paths[frame])

@@ -22,7 +22,7 @@ from data.cache import load_arrays, save_arrays
 from data.files import shortened
 from data.packed import PackedBytes, PackedPaths
 from utils.errors import DataError
-from utils.nuscenes import ATTRIBUTES, CAMERAS, CLASS_OF_CATEGORY, CLASSES, RADARS
+from utils.nuscenes import ATTRIBUTES, CAMERAS, CLASS_OF_CATEGORY, CLASSES, RADARS, is_annotated
 
 CHANNELS = CAMERAS + RADARS
 TABLES = ("scene", "sample", "sensor", "calibrated_sensor", "sample_data", "ego_pose")
@@ -72,7 +72,7 @@ def load(
     if not folder.is_dir():
         versions = ", ".join(sorted(path.name for path in Path(root).glob("v1.0-*"))) or "none"
         raise DataError(folder, "", f"no such folder of tables; versions in {root}: {versions}; choose splits of those")
-    required = TABLES if version.endswith("test") else TABLES + ANNOTATION_TABLES
+    required = TABLES + ANNOTATION_TABLES * is_annotated(version)
     missing = [f"{name}.json" for name in required if not (folder / f"{name}.json").is_file()]
     if missing:
         raise DataError(folder, "", f"{', '.join(missing)} missing; unpack the tables again")
