@@ -81,8 +81,8 @@ def project_boxes(boxes, calib, affine):
     Returns (corners [M,8,3] in the camera frame, their pixels [M,8,2], their depths [M,8]).
     """
     points = corners(boxes["center"], boxes["dims"], boxes["yaw"])
-    pixels, depth = project(points.flatten(0, 1), calib)
-    return points, apply_affine(pixels, affine).view(-1, 8, 2), depth.view(-1, 8)
+    pixels, depth = project(points, calib)
+    return points, apply_affine(pixels, affine), depth
 
 
 def decode_depth(raw):

@@ -10,26 +10,20 @@ from torch.nn import functional as F
 from ops.rasterize import covered_cells
 
 
-def gaussian_radius(height, width, overlap=0.7, roots="published"):
+def gaussian_radius(height, width, overlap=0.7):
     """CornerNet's radius (Law and Deng 2018) of a box's Gaussian, float [...] in cells, not rounded, at least 0.
 
     height, width  of the box in cells, float tensors [...], at least 0
-    overlap        shifting both corners of the box by up to the radius gives boxes of at least this IoU with it
-    roots          "exact": the radius of that definition. "published": the formula of CornerNet's first release, with
-                   which CenterNet, CenterTrack and CenterFusion are trained; it adds the root in all three quadratic
-                   equations and divides by 2, which makes the radius of a square about three times as large
+    overlap        IoU with the box that boxes with both corners shifted by up to the radius should have
+
+    The formula of CornerNet's first release, with which CenterNet, CenterTrack and CenterFusion are trained. It takes
+    the minimum over three quadratic equations (one corner moves in and one out, both in, both out) but adds the root
+    and divides by 2 in all of them. So the last is always the minimum, and the radius of a square is about three times
+    that of the definition.
     """
-    total, area = height + width, height * width
-    equations = (  # a r^2 + b r + c = 0, and the sign of its root
-        (1.0, total, area * (1 - overlap) / (1 + overlap), -1),  # one corner moves in, one out
-        (4.0, 2 * total, area * (1 - overlap), -1),  # both move in
-        (4 * overlap, -2 * overlap * total, -area * (1 - overlap), 1),  # both move out
-    )
-    radii = []
-    for a, b, c, sign in equations:
-        root = (b * b - 4 * a * c).clamp(min=0).sqrt()
-        radii.append({"published": (b + root) / 2, "exact": (b + sign * root) / (2 * a)}[roots])
-    return torch.stack(radii).amin(0).clamp(min=0)
+    b = -2 * overlap * (height + width)
+    root = (b * b + 16 * overlap * (height * width * (1 - overlap))).sqrt()
+    return ((b + root) / 2).clamp(min=0)
 
 
 @torch.no_grad()

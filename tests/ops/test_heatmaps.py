@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torchvision.ops import box_iou
 
 from ops import heatmaps
 
@@ -47,25 +46,24 @@ def test_gaussians_of_no_object_and_of_radius_zero():
     assert one.sum() == 1 and one[1, 1, 2] == 1
 
 
-@pytest.mark.parametrize(("height", "width"), [(10.0, 10.0), (3.0, 40.0), (112.0, 200.0)])
-@pytest.mark.parametrize("overlap", [0.3, 0.7])
-def test_the_exact_radius_keeps_the_overlap(height, width, overlap):
-    r = heatmaps.gaussian_radius(torch.tensor(height), torch.tensor(width), overlap, "exact").item()
-    true = torch.tensor([0, 0, width, height], dtype=torch.float64)
-    shifts = torch.tensor([[r, r, r, r], [-r, -r, r, r], [r, r, -r, -r]], dtype=torch.float64)
-    assert box_iou(true[None], true + shifts).min().item() == pytest.approx(overlap, abs=1e-5)
+@pytest.mark.parametrize("overlap", [0.1, 0.3, 0.7, 0.95])
+def test_radii_are_the_minimum_over_three_cases(random, overlap):
+    """a r^2 + b r + c = 0 for one corner moved in and one out, for both in, for both out; published: (b + root) / 2."""
+    height, width = 60 * torch.rand(2, 200, generator=random, dtype=torch.float64)
+    total, area = height + width, height * width
+    cases = [(1, total, area * (1 - overlap) / (1 + overlap)), (4, 2 * total, area * (1 - overlap))]
+    cases += [(4 * overlap, -2 * overlap * total, -area * (1 - overlap))]
+    expected = torch.stack([(b + (b * b - 4 * a * c).sqrt()) / 2 for a, b, c in cases]).amin(0)
+    torch.testing.assert_close(heatmaps.gaussian_radius(height, width, overlap), expected)
 
 
-def test_published_radii():
-    """For a square of 10 cells the minimum of the three is (-28 + sqrt(28 ** 2 + 4 * 2.8 * 30)) / 2."""
+def test_radii_of_squares():
+    """10 cells with an overlap of 0.7: (-28 + sqrt(28 ** 2 + 4 * 2.8 * 30)) / 2."""
     sides = torch.tensor([10.0, 0.0, 3.0])
     result = heatmaps.gaussian_radius(sides, sides)
     assert result[0].item() == pytest.approx((-28 + math.sqrt(1120)) / 2, rel=1e-6)
     assert result[1] == 0
     torch.testing.assert_close(result[2], 0.3 * result[0])  # a length scales as the box does
-    assert (heatmaps.gaussian_radius(sides, sides, roots="exact")[::2] < result[::2]).all()
-    with pytest.raises(KeyError):
-        heatmaps.gaussian_radius(sides, sides, roots="none")
 
 
 def test_cells_in_boxes_equal_slices(random):
