@@ -13,6 +13,8 @@ from data import check_target, transforms
 from data.detection import voc
 from data.detection.dataset import BoxDataset
 from data.transforms import (
+    RGB_TO_YIQ,
+    YIQ_TO_RGB,
     ColorJitter,
     PhotometricDistort,
     ZoomOutIoUCrop,
@@ -347,6 +349,15 @@ def test_a_hue_shift_keeps_gray_and_luma():
     np.testing.assert_allclose(np.array([0.299, 0.587, 0.114]) @ matrix, [0.299, 0.587, 0.114], atol=1e-9)
     assert np.abs(matrix - np.eye(3)).max() > 0.1
     assert not offset.any()
+
+
+def test_a_hue_shift_is_an_angle():
+    """In the plane of I and Q, where 1 is the full circle."""
+    quarter, eighth, whole = (color_matrix({"hue": shift}, True, np.zeros(3))[0] for shift in (0.25, 0.125, 1.0))
+    in_phase, quadrature = RGB_TO_YIQ @ quarter @ YIQ_TO_RGB @ [[0, 0], [1, 0], [0, 1]], [[0, 0], [0, -1], [1, 0]]
+    np.testing.assert_allclose(in_phase, quadrature, atol=1e-9)
+    np.testing.assert_allclose(eighth @ eighth, quarter, atol=1e-9)
+    np.testing.assert_allclose(whole, np.eye(3), atol=1e-9)
 
 
 # ---- classification ----
