@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data import cameras
+from ops.geometry import apply_affine
 from utils.errors import DataError, UsageError
 
 ROWS = [[1266.0, 0.0, 816.0], [0.0, 1265.0, 491.0], [0.0, 0.0, 1.0]]
@@ -50,6 +51,15 @@ def test_what_is_no_matrix(tmp_path, text, reason):
         cameras.read_calib(tmp_path / "camera")
     with pytest.raises(DataError, match="none: No such file"):
         cameras.read_calib(tmp_path / "none")
+
+
+def test_the_target_of_a_plain_image_has_no_objects_and_no_radar():
+    target = cameras.target(torch.zeros(3, 90, 160), None)
+    shapes = {name: tuple(target[name].shape) for name in ("boxes", "amodal", "radar", "affine")}
+    assert shapes == {"boxes": (0, 4), "amodal": (0, 2), "radar": (0, 5), "affine": (2, 3)}
+    assert target["size"] == (90, 160)
+    pixels = torch.rand(7, 2)
+    torch.testing.assert_close(apply_affine(pixels, target["affine"]), pixels, rtol=0, atol=0)
 
 
 def test_a_matrix_of_another_image_size():

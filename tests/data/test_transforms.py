@@ -60,6 +60,16 @@ def red_rectangle(image):
 # ---- SSD ----
 
 
+def test_ssd_training_zooms_out_of_half_of_the_images():
+    transform, image = transforms.ssd_train((40, 50), (BACKGROUND,) * 3, iou_crop=0, color=0), noise(80, 100)
+    image[0] = 255
+    zoomed = 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        zoomed += bool((transform(image, sample(80, 100, [])[1])[0][0] == BACKGROUND).any())
+    assert 80 < zoomed < 120
+
+
 @pytest.mark.parametrize("shape", [(120, 160), (333, 211), (90, 400)])
 @pytest.mark.parametrize(("zoom_out", "crop"), [(0, 0), (1, 0), (0, 1), (0.5, 1)])
 def test_boxes_stay_on_their_pixels(shape, zoom_out, crop):

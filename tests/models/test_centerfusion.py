@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import models
 from models import centerfusion, pretrained
 from models.backbones.layers import IMAGENET_MEAN
+from ops.geometry import decode_depth
 from tests import golden
 from tests.model_helpers import (
     assert_compiles_in_one_graph,
@@ -96,6 +97,14 @@ def test_heads(name):
     assert {head: value.shape[1] for head, value in camera_only.items()} == expected
     assert {value.shape[2:] for value in (*with_radar.values(), *camera_only.values())} == {(8, 16)}
     assert camera_net.velocity[0].in_channels == 64 and len(camera_net.velocity) == 3
+
+
+def test_a_new_network_begins_with_low_scores_at_twenty_meters():
+    net = models.build("centerfusion_resnet18", 10).eval()
+    with torch.no_grad():
+        outputs = net(torch.zeros(1, 3, 32, 64), torch.zeros(1, 3, 8, 16), CALIB)
+    torch.testing.assert_close(outputs["hm"].sigmoid(), torch.full((1, 10, 8, 16), 0.01), rtol=0, atol=1e-3)
+    torch.testing.assert_close(decode_depth(outputs["dep"]), torch.full((1, 1, 8, 16), 20.0), rtol=0.05, atol=0)
 
 
 def test_the_second_stage_uses_the_association(small):

@@ -106,6 +106,7 @@ def test_names_and_limits_are_torchvisions(name):
     with torch.device("meta"):
         expected = BUILDERS[name](weights=None, weights_backbone=None, num_classes=8)
         net = models.build(name, 7)
+    net.limit_detections()
     assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
     assert list(net.state_dict()) == list(expected.state_dict())
     for limit in ("_pre_nms_top_n", "_post_nms_top_n", "nms_thresh", "score_thresh", "min_size"):

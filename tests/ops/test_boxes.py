@@ -43,8 +43,9 @@ def test_decode_batches_and_half_precision(random):
     assert decode(torch.full((1, 4), 1e4), anchors[:1], WEIGHTS).isfinite().all()
 
 
-def test_pairwise_iou_equals_torchvision(random):
-    boxes, anchors = random_boxes(60, random).view(3, 20, 4), random_boxes(30, random)
+@pytest.mark.parametrize("scale", [1, 1e-3])
+def test_pairwise_iou_equals_torchvision(random, scale):
+    boxes, anchors = scale * random_boxes(60, random).view(3, 20, 4), scale * random_boxes(30, random)
     iou = pairwise_iou(boxes, anchors)
     assert iou.shape == (3, 20, 30)
     torch.testing.assert_close(iou, torch.stack([box_iou(each, anchors) for each in boxes]), rtol=0, atol=0)

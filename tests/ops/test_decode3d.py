@@ -107,6 +107,13 @@ def test_depth_and_rotation_of_the_second_stage_replace_the_first(targets):
     assert (detection["velocity"] == 0).all() and (detection["attribute"] == -1).all()
 
 
+def test_a_negative_width_or_height_counts_as_zero(targets):
+    heads = ideal_heads(targets[:1])
+    heads["wh"] = torch.tensor([-3.0, 0.5]).view(1, 2, 1, 1).expand(1, 2, *SIZE)
+    boxes = decode3d.decode(heads, targets[:1], count=5, stride=4)[0]["boxes"]
+    torch.testing.assert_close(boxes[:, 2:] - boxes[:, :2], torch.tensor([0.0, 2]).expand(5, 2), rtol=0, atol=1e-3)
+
+
 def test_velocity_is_turned_along_the_heading():
     yaw = torch.tensor([0.0, 0.0, -math.pi / 2, math.pi])
     velocity = torch.tensor([[3.0, 9, 4], [-3, 0, 4], [0, 0, 2], [1, 0, 0]])

@@ -54,6 +54,10 @@ def test_no_objects_at_all():
     np.testing.assert_allclose(dataset.balance_weights(), 0.25)
 
 
+def test_the_summary_of_one_image():
+    assert BoxDataset(make_annotations([], 1), ["dog"]).summary() == "images 1, background 1 (100 %), boxes 0\n  dog 0"
+
+
 def test_clip_box():
     assert list(clip_box((-5, 2.5, 30, 8), (10, 20))) == [0, 2.5, 20, 8]
     for outside in ((20, 0, 30, 8), (-9, 0, 0, 8), (3, 10, 5, 12), (5, 2, 5 + 1e-7, 8), (5, 2, 4, 8)):
