@@ -180,10 +180,10 @@ def test_ground_truth_of_a_file(case, masks, tmp_path):
 
 
 def test_labels_become_the_category_ids_of_the_file(tmp_path):
-    """Other ids, another order, and a class that the file does not have."""
+    """Other ids, 0 among them, another order, and a class that the file does not have."""
     rows = [{"image_id": 9, "category_id": 70, "iscrowd": 0, "bbox": [10, 10, 40, 40], "area": 1600}]
-    rows.append(rows[0] | {"category_id": 7, "bbox": [60, 60, 30, 30], "area": 900})
-    truth = as_truth({"annotations": rows}, [4, 9], [70, 7, -1, 8])
+    rows.append(rows[0] | {"category_id": 0, "bbox": [60, 60, 30, 30], "area": 900})
+    truth = as_truth({"annotations": rows}, [4, 9], [70, 0, -1, 8])
     detected = make_detection([[10, 10, 50, 50], [60, 60, 90, 90], [1, 1, 5, 5]], [0, 1, 2], [0.5, 0.75, 1.0])
     evaluator, metrics = evaluate([make_target([], [], image_id=1)], [detected], truth=truth)
     assert (metrics["AP"], metrics["AP_small"], metrics["AP_medium"], metrics["AP_large"]) == pytest.approx(
@@ -192,7 +192,7 @@ def test_labels_become_the_category_ids_of_the_file(tmp_path):
     evaluator.write(tmp_path)
     assert json.loads((tmp_path / "detections.json").read_text()) == [
         {"image_id": 9, "category_id": 70, "bbox": [10, 10, 40, 40], "score": 0.5},
-        {"image_id": 9, "category_id": 7, "bbox": [60, 60, 30, 30], "score": 0.75},
+        {"image_id": 9, "category_id": 0, "bbox": [60, 60, 30, 30], "score": 0.75},
     ]
 
 

@@ -309,6 +309,7 @@ def test_distribution_of_shift_and_scale():
         assert shift.abs().max() <= 321 and 120 < shift.std() < 175 and abs(shift.mean()) < 30
     assert 1440 <= width.min() < 1500 and 1700 < width.max() <= 1760
     assert ShiftAndScale((448, 800)).random_region(900, 1600) == (2, 0, 896, 1600)
+    assert ShiftAndScale((4, 4)).random_region(1, 1) == (0, 0, 1, 1)
 
 
 def test_objects_are_left_out_in_every_field():
