@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 from torchvision.ops import box_iou
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from data import check_target, transforms
@@ -58,6 +59,17 @@ def red_rectangle(image):
 
 
 # ---- SSD ----
+
+
+def test_a_region_is_resized_with_all_its_pixels():
+    """The whole image, a part of it, and a canvas around it that is filled."""
+    image, transform = noise(40, 60), ZoomOutIoUCrop((80, 120), fill=(1, 2, 3))
+    assert torch.equal(transform.resample(image, (0, 0, 40, 60)), F.resize(image, [80, 120]))
+    assert torch.equal(transform.resample(image, (3, 5, 20, 30)), F.resize(image[:, 3:23, 5:35], [80, 120]))
+    canvas = transform.resample(image, (-20, -30, 80, 120))
+    assert torch.equal(canvas[:, 20:60, 30:90], image)
+    canvas[:, 20:60, 30:90] = transform.fill
+    assert torch.equal(canvas, transform.fill.expand(3, 80, 120))
 
 
 def test_ssd_training_zooms_out_of_half_of_the_images():
@@ -318,6 +330,30 @@ def test_color_changes_do_not_change_boxes():
         assert isinstance(changed, tv_tensors.Image) and changed.shape == image.shape and changed.dtype == torch.uint8
         assert not torch.equal(changed, image)
     assert torch.equal(PhotometricDistort(0.0)(image, target)[0], image)
+
+
+@pytest.mark.parametrize(
+    ("transform", "reference"),
+    [
+        (PhotometricDistort(0.5), v2.RandomPhotometricDistort()),
+        (lambda image, target: ColorJitter(0.2)(image), v2.ColorJitter(0.2, 0.2, 0.2, 0.2)),
+    ],
+)
+def test_color_changes_are_drawn_as_by_torchvision(transform, reference, monkeypatch):
+    """From the same ranges up to their ends; contrast is as often first as last, and every order of channels occurs."""
+    calls = []
+    monkeypatch.setattr(transforms, "adjust_color", lambda *args: calls.append(args) or args[0])
+    for seed in range(400):
+        torch.manual_seed(seed)
+        transform(*sample(4, 4, []))
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        values = [factors[name] for _, factors, *_ in calls if name in factors]
+        low, high = getattr(reference, name)
+        margin = (high - low) / 20
+        assert low <= min(values) < low + margin and high - margin < max(values) <= high
+        assert len(values) == 400 or 150 < len(values) < 250
+    assert 0.4 < np.mean([contrast_first for _, _, contrast_first, *_ in calls]) < 0.6
+    assert {len(call) for call in calls} == {3} or len({tuple(channels) for *_, channels in calls}) == 6
 
 
 @pytest.mark.parametrize(

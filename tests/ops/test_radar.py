@@ -89,6 +89,14 @@ def test_association_equals_plain_loops(threshold):
     assert not torch.equal(result, other)
 
 
+def test_a_return_right_before_the_camera_is_associated():
+    radar_map = torch.zeros(1, 3, 8, 8)
+    radar_map[0, :, 4, 4] = torch.tensor([0.5, 1, 2])
+    box, depth, tolerance = torch.tensor([[[2.0, 2, 6, 6]]]), torch.tensor([[1.0]]), torch.tensor([[3.0]])
+    result = radar.associate(radar_map, box, depth, tolerance, max_distance=50.0)
+    torch.testing.assert_close(result[0, :, 4, 4], torch.tensor([0.01, 1, 2]))
+
+
 def test_association_with_other_area_and_distance():
     radar_map, boxes = random_map(1, 60), random_boxes(1, 40)
     result = associate(radar_map, **boxes, area=0.8, max_distance=30.0)

@@ -67,7 +67,7 @@ def test_difficult_is_optional(tmp_path):
 
 
 def test_size_is_optional(tmp_path):
-    root = voc_root(tmp_path, {"a": xml(item(xmax=130), size=None), "b": xml(item(ymax=90), size=(0, 0))})
+    root = voc_root(tmp_path, {"a": xml(item(xmax=130), size=None), "b": xml(item(ymax=90), size=(0, 80))})
     dataset, errors = read(root)
     assert not errors
     assert [dataset.annotation(i)["boxes"].tolist() for i in (0, 1)] == [[[10, 20, 100, 60]], [[10, 20, 40, 80]]]

@@ -32,6 +32,13 @@ def test_conv3x3_on_a_map_one_cell_wide(groups, stride, height):
     torch.testing.assert_close(first[1], expected[1], rtol=0.05, atol=0.5)
 
 
+@pytest.mark.parametrize(("size", "padding"), [((5, 2), 1), ((1, 4), 1), ((5, 3), 0)])
+def test_conv3x3_on_wider_maps(size, padding):
+    torch.manual_seed(0)
+    conv, x = layers.Conv3x3(4, 6, padding=padding), torch.randn(2, 4, *size)
+    torch.testing.assert_close(conv(x), nn.functional.conv2d(x, conv.weight, conv.bias, padding=padding))
+
+
 def test_conv_norm_in_training_updates_the_norm():
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)

@@ -23,6 +23,12 @@ def build(classes, **arguments):
     return net
 
 
+@pytest.mark.parametrize("arguments", [{"depth": 18}, {"depth": 50}, {"depth": 18, "anchors": "torchvision"}])
+def test_only_torchvisions_retinanet_can_be_downloaded(arguments):
+    with torch.device("meta"), pytest.raises(WeightsError, match="the only one to download"):
+        retinanet.published(models.build("retinanet", 2, **arguments))
+
+
 @pytest.mark.parametrize(
     ("published", "ours"),
     [
