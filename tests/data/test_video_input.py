@@ -82,6 +82,7 @@ def test_frames_of_an_animated_image(tmp_path):
     for frame, color in zip(frames, colors):
         torch.testing.assert_close(frame.image[:, 5, 5], torch.tensor(color, dtype=torch.uint8))
     assert [frame.number for frame in video_input.read_frames(tmp_path / "three.webp", every=2)] == [0, 2]
+    assert [video_input.count_images([tmp_path / "three.webp"], every) for every in (1, 2)] == [3, 2]
 
 
 def test_a_truncated_animated_image_gives_its_whole_frames_and_then_its_error(tmp_path):

@@ -29,6 +29,22 @@ def test_five_of_the_given_classes():
     torch.testing.assert_close(three, {name: value[:3] for name, value in some.items()})
 
 
+@pytest.mark.parametrize("fixed_size", [False, True])
+def test_boxes_are_in_pixels_of_each_file(fixed_size):
+    """The same image in twice the size: the same objects, with boxes of twice the size."""
+    net = models.build("mb1-ssd-lite", 2) if fixed_size else models.build("retinanet", 2, depth=18)
+    net.eval().image_size, net.min_side, net.max_side = (96, 96) if fixed_size else None, 64, 96
+    color = torch.tensor([200, 90, 30], dtype=torch.uint8).view(3, 1, 1)
+    images = [color.expand(3, 64, 90), color.expand(3, 90, 64), color.expand(3, 128, 180)]
+    small, upright, large = inference.detect(net, images, RUN, 0, torch.arange(2))
+    torch.testing.assert_close(large["scores"], small["scores"])
+    torch.testing.assert_close(large["boxes"], 2 * small["boxes"])
+    for detection, (width, height) in ((small, (90, 64)), (upright, (64, 90)), (large, (180, 128))):
+        assert len(detection["boxes"]) > 5 and (detection["boxes"] >= 0).all()
+        assert (detection["boxes"] <= torch.tensor([width, height]).repeat(2) + 1e-3).all()
+    assert {label for detection in (small, large) for label in detection["labels"].tolist()} <= {0, 1}
+
+
 def test_boxes_of_a_camera_image_are_in_pixels_of_the_file():
     """The same image in twice the size: the same objects in 3D, with boxes of twice the size inside the image."""
     net = models.build("centerfusion_resnet18", 10, radar=False).eval()
