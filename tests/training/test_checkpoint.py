@@ -90,7 +90,7 @@ def test_resume_is_exact_to_the_bit(tmp_path, optimizer, precision):
 def test_a_checkpoint_is_a_flat_dict_of_plain_values(folder):
     saved = torch.load(folder / "last.pt", weights_only=True)
     fields = {"step", "epoch", "best", "best_step", "stale"}
-    assert set(saved) == {"format_version", "model", "optimizer", "scaler", "ema", "flags"} | fields
+    assert set(saved) == {"format_version", "model", "optimizer", "scaler", "ema", "flags", "checksum"} | fields
     assert saved["flags"]["out"] == "runs/x"
     assert saved["best"] == 1 / 3 + 4 / 7
     assert saved["model"]._metadata, "the versions of the modules are kept"

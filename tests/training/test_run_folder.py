@@ -270,7 +270,7 @@ def test_weights_are_saved_alone_with_the_metadata(tmp_path, run):
     folder, parts = opened(tmp_path, run)
     folder.save_weights(parts["model"])
     saved = torch.load(tmp_path / "backbone.pt", weights_only=True)
-    assert set(saved) == {"format_version", "classes", "arguments", "flags", "model"}
+    assert set(saved) == {"format_version", "classes", "arguments", "flags", "model", "checksum"}
     small_run.network().load_state_dict(saved["model"])
 
 
