@@ -15,7 +15,7 @@ import torch
 from utils.errors import WeightsError
 
 MAX_SIDE = 8192  # pixels of an input
-MAX_CLASSES = 1_000_000
+MAX_CLASSES = 100_000
 PLAIN = (str, int, float, bool, type(None))
 
 

@@ -27,7 +27,7 @@ CHECKSUM = "checksum"  # its name in them; those of earlier versions have none
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save before version 1.6
 END_OF_ZIP = b"PK\x05\x06"
 END_BYTES = 22  # of a zip file, without a comment
-MAX_VALUES, MAX_DEPTH, MAX_NAME = 1_000_000, 50, 500  # in a file; a few bytes of pickle can stand for any number
+MAX_VALUES, MAX_DEPTH, MAX_NAME = 200_000, 50, 500  # in a file; a few bytes of pickle can stand for any number
 # What zipfile, pickle and torch raise on damaged files; RuntimeError and ValueError include RecursionError,
 # NotImplementedError and UnicodeDecodeError.
 UNREADABLE = (

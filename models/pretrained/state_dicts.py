@@ -61,7 +61,7 @@ def open_weights(path_or_state_dict: str | Path | dict, source: str | None = Non
 def names_in(saved: Mapping) -> list[str] | None:
     """The class names in a dict read from a file; None if it has none."""
     classes = saved.get("classes")
-    return list(classes) if classes and FIELDS["classes"].fits(classes) else None
+    return list(classes) if FIELDS["classes"].fits(classes) and classes else None
 
 
 def size_of(state: Mapping, name: str, label: str, dim: int = 0) -> int:
