@@ -4,6 +4,7 @@ Every network has `name`, `num_classes` and `arguments`, from which `build(name,
 again, and `image_mean` and `image_std`, three numbers each on the 0..255 scale, RGB (CenterFusion: BGR).
 """
 
+import functools
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from models import backbones, centerfusion, maskrcnn, pretrained, retinanet, ssd
 from models.pretrained import metadata
-from utils import torch_files
+from utils import checkpoint_fields, torch_files
 from utils.errors import WeightsError
 
 # name -> function of num_classes and the network's own arguments
@@ -45,8 +46,12 @@ def build(name: str, num_classes: int, **arguments) -> nn.Module:
 def describe(net: nn.Module, **sizes) -> dict:
     """What a checkpoint stores about `net`, as plain values, so that `load` can build it.
 
-    sizes: `image_size` (h, w), or `min_side` and `max_side`, of the images in evaluation
+    sizes: `image_size` (h, w), or `min_side` and `max_side`, of the images in evaluation. WeightsError for one that
+    `load` would refuse
     """
+    for name, size in sizes.items():
+        if not checkpoint_fields.FIELDS[name].fits(size):
+            raise WeightsError(f"{name} {size} of this run: must be {checkpoint_fields.FIELDS[name].text}")
     names = ("num_classes", "arguments", "classes", "image_mean", "image_std")
     return {"architecture": net.name, **{name: getattr(net, name) for name in names}, **sizes}
 
@@ -78,15 +83,13 @@ def load(path: str | Path, labels: str | Path = "", size: Sequence[int] | None =
 
 
 def _from_checkpoint(saved, path):
-    missing = [key for key in ("format_version", "arguments", "num_classes", "classes", "model") if key not in saved]
-    if missing:
-        raise WeightsError(f"{path}: not a complete checkpoint: {', '.join(missing)} missing; use another copy")
     if saved["format_version"] > torch_files.FORMAT_VERSION:
         raise WeightsError(f"{path}: format version {saved['format_version']} is newer than this program; update it")
-    net = build(saved["architecture"], saved["num_classes"], **saved["arguments"])
     if saved.get("ema"):
         print(f"{path}: using the averaged weights")
-    pretrained.load_strictly(net, pretrained.trained_weights(saved), path)
+    _, state, _ = pretrained.open_weights(saved, path)
+    new = functools.partial(build, saved["architecture"], saved["num_classes"], **saved["arguments"])
+    net = pretrained.build_strictly(new, state, path)
     net.classes = list(saved["classes"])
     net.image_size = None
     if "min_side" in saved:

@@ -23,7 +23,7 @@ from data.nuscenes import NuScenesDataset, RadarOptions, load_available
 from models import onnx, pretrained
 from ops.geometry import project
 from tests.script_helpers import Script, launch
-from training import checkpoint, distributed
+from training import checkpoint, cli, distributed
 from utils.errors import DataError, UsageError, WeightsError
 
 pytestmark = pytest.mark.slow
@@ -437,6 +437,21 @@ def test_an_unreadable_checkpoint_is_an_error_of_one_line(images, tmp_path, cont
     with pytest.raises(WeightsError, match=f"{re.escape(str(path))}: {message}; ") as raised:
         run(path, images)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"image_size": 10**6}, "image_size is 1000000, must be"),
+        ({7: 1, "model": {7: torch.zeros(1)}}, "model is a dict"),
+    ],
+)
+def test_a_hostile_checkpoint_is_an_error_of_one_line(ssd, images, tmp_path, capsys, changed, message):
+    saved = {name: value for name, value in torch.load(ssd, weights_only=True).items() if name != "checksum"}
+    torch.save({**saved, **changed}, tmp_path / "best.pt")
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: run(tmp_path / "best.pt", images))
+    assert re.fullmatch(f"error: {re.escape(str(tmp_path / 'best.pt'))}: {message}.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Checkpoints: files that hold all that a run needs to continue exactly, and that are read safely.
 
 A checkpoint is a flat dict: `format_version`, state dicts by name (model, optimizer, scaler, ema, plateau), the fields
-of Progress (step, epoch, best, best_step, stale), and plain values (architecture, arguments, classes, flags ...). It is
-always read with `weights_only=True`: code in a file is never run.
+of Progress (step, epoch, best, best_step, stale), plain values (architecture, arguments, classes, flags ...), and a
+`checksum` over all of them, see utils.torch_files. utils.checkpoint_fields has the kinds and ranges of the fields. It
+is always read with `weights_only=True`: code in a file is never run.
 
     python -m training.checkpoint RUN/last.pt      # epoch, step, sha256 of model and optimizer
 """
@@ -21,8 +22,11 @@ from torch import nn
 
 from training import cli
 from utils import files, torch_files
+from utils.checkpoint_fields import NUMBER
 from utils.errors import UsageError
 
+# what optimizers keep of each parameter after the first step, in its shape; `step` is one number
+MOMENTS = {"SGD": ("momentum_buffer",)} | dict.fromkeys(("Adam", "AdamW"), ("step", "exp_avg", "exp_avg_sq"))
 # flags that do not change the training
 NOT_COMPARED = ("resume", "overwrite", "eval_only", "split", "preflight", "config", "workers", "no_effect")
 FLAG_OF_PART = {"scaler": "--precision", "ema": "--ema", "plateau": "--scheduler"}  # flags that turn a part on
@@ -66,8 +70,10 @@ def write(path: Path, contents: Mapping[str, Any]) -> None:
     TypeError for a value of any other kind, OSError if the file cannot be written.
     """
     plain = {name: _plain(name, _state_of(value)) for name, value in contents.items()}
+    plain = {"format_version": torch_files.FORMAT_VERSION, **plain}
+    plain[torch_files.CHECKSUM] = torch_files.checksum(plain)
     try:
-        files.write(path, lambda file: torch.save({"format_version": torch_files.FORMAT_VERSION, **plain}, file))
+        files.write(path, lambda file: torch.save(plain, file))
     except RuntimeError as error:  # torch raises it while it handles the OSError of a full disk
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
@@ -75,7 +81,8 @@ def write(path: Path, contents: Mapping[str, Any]) -> None:
 def read(path: str | Path) -> dict:
     """The checkpoint of a run, tensors on the CPU, and under `file` its path.
 
-    WeightsError as utils.torch_files.read; UsageError for bare weights and for a newer format.
+    WeightsError as utils.torch_files.read, and for weights or averages that are not finite; UsageError for bare weights
+    and for a newer format.
     """
     contents = torch_files.read(path)
     if "format_version" not in contents or "step" not in contents:
@@ -88,7 +95,10 @@ def read(path: str | Path) -> dict:
     if contents["format_version"] > torch_files.FORMAT_VERSION:
         version = contents["format_version"]
         raise UsageError(f"{path}: format {version}, this program knows {torch_files.FORMAT_VERSION}; update it")
-    return {**contents, "file": str(path)}
+    torch_files.check_finite(path, contents.get("model", {}))
+    if contents.get("ema"):
+        torch_files.check_finite(f"{path}: ema", contents["ema"]["model"])
+    return {"flags": {}, **contents, "file": str(path)}
 
 
 def restore(saved: Mapping[str, Any], parts: Mapping[str, Any], for_evaluation: bool = False) -> Progress:
@@ -214,7 +224,7 @@ def _load_part(file, name, part, state):
     else:
         try:
             part.load_state_dict(state)
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, TypeError) as error:
             reason = torch_files.first_line(error)
             raise UsageError(f"{file}: {name} does not fit: {reason}; use the flags of that run") from None
 
@@ -227,7 +237,7 @@ def _load_network(file, name, net, tensors):
             f"{file}: {name} does not fit this network, {len(wrong)} of {len(own)} tensors: {wrong[0]}; "
             "resume with the network and classes of that run"
         )
-    net.load_state_dict(tensors)
+    net.load_state_dict(dict(tensors))  # without the versions of modules in it, which no network of ours needs
 
 
 def _load_optimizer(file, optimizer, state):
@@ -236,16 +246,35 @@ def _load_optimizer(file, optimizer, state):
         raise UsageError(
             f"{file}: its optimizer is {state['class']}, this run's {kind}; resume with the optimizer of that run"
         )
-    saved_sizes = [(group.get("name"), len(group["params"])) for group in state["param_groups"]]
+    saved_groups = state.get("param_groups", [])
+    if not all(NUMBER.fits(group.get("lr")) and isinstance(group.get("params"), list) for group in saved_groups):
+        raise UsageError(f"{file}: a group of its optimizer has no lr or no list of params; use another copy")
+    saved_sizes = [(group.get("name"), len(group["params"])) for group in saved_groups]
     own_sizes = [(group.get("name"), len(group["params"])) for group in own]
     if saved_sizes != own_sizes:
         raise UsageError(
             f"{file}: its optimizer has groups {saved_sizes}, this run's {own_sizes}; "
             "resume with the --freeze flags of that run"
         )
-    groups = [{**group, "lr": saved["lr"]} for group, saved in zip(own, state["param_groups"])]
+    _check_moments(file, optimizer, state.get("state", {}))
+    groups = [{**group, "lr": saved["lr"]} for group, saved in zip(own, saved_groups)]
     # A copy, because the optimizer would go on to write into the caller's tensors.
     optimizer.load_state_dict({"state": copy.deepcopy(state["state"]), "param_groups": groups})
+
+
+def _check_moments(file, optimizer, state):
+    """UsageError if the saved `state` of a parameter is not what this optimizer has after its first step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state.items():
+        shape = tuple(parameters[index].shape) if index in range(len(parameters)) else "no parameter"
+        needed = {name: () if name == "step" else shape for name in MOMENTS.get(type(optimizer).__name__, ())}
+        saved = values if isinstance(values, dict) else {}
+        shapes = {name: tuple(value.shape) for name, value in saved.items() if torch.is_tensor(value)}
+        if not (needed.items() <= shapes.items() or saved == {"momentum_buffer": None}):
+            raise UsageError(
+                f"{file}: its optimizer's state of parameter {index} ({shape}) does not fit: needed are tensors "
+                f"{', '.join(needed)} of its shape; use another copy"
+            )
 
 
 def main(argv=None):

@@ -170,7 +170,7 @@ class RunFolder:
     def read_lines(self, name: str) -> list[str] | None:
         """The lines of a text file beside the checkpoint, until `restore`; None without either."""
         file = Path(self.source).with_name(name) if self.checkpoint else None
-        return file.read_text(encoding="utf-8").splitlines() if file and file.is_file() else None
+        return [line.strip("\r\n") for line in files.read_lines(file)] if file and file.is_file() else None
 
     def report(self, metrics: Mapping[str, float], evaluators: Sequence) -> Mapping[str, float]:
         """The end of --eval-only: print the metrics, write them and the evaluators' files, return the metrics.

@@ -20,6 +20,7 @@ from models.centerfusion import CenterFusion
 from models.maskrcnn import MaskRCNN
 from models.pretrained import backbones, centerfusion, maskrcnn, retinanet, ssd
 from models.pretrained.state_dicts import (
+    build_strictly,
     family_of,
     fits,
     load_matching,
@@ -31,7 +32,15 @@ from models.retinanet import RetinaNet
 from models.ssd import SSD
 from utils.errors import WeightsError
 
-__all__ = ["init_weights", "load", "load_matching", "load_strictly", "trained_weights"]
+__all__ = [
+    "build_strictly",
+    "init_weights",
+    "load",
+    "load_matching",
+    "load_strictly",
+    "open_weights",
+    "trained_weights",
+]
 
 FAMILY_OF = {SSD: ssd, RetinaNet: retinanet, CenterFusion: centerfusion, MaskRCNN: maskrcnn}  # else backbones
 DOWNLOADS = ("auto", "coco", "imagenet")

@@ -1,5 +1,6 @@
 """Weights of backbones from files: torchvision's, qfgaohao's, ucbdrive's, and those of train_backbone.py."""
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +13,15 @@ from models import backbones as classifiers
 from models.pretrained.state_dicts import (
     NetworkWeights,
     State,
+    build_strictly,
     family_of,
     fetch,
     fits,
-    load_strictly,
     load_with_classes,
+    names_in,
     open_weights,
     other_classes,
+    size_of,
     with_counters,
 )
 from utils import torch_files
@@ -39,6 +42,8 @@ FAMILIES = {
     "dla34": ("base_layer.0.weight", "level2.tree1.conv1.weight"),
 }
 IMAGENET = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]  # names of the 1000 classes
+VGG_CLASSIFIER = {"classifier.0.weight": (4096, 25088), "classifier.0.bias": (4096,)}  # its first two layers
+VGG_CLASSIFIER |= {"classifier.3.weight": (4096, 4096), "classifier.3.bias": (4096,)}
 PREFIXES = ("base_net.", "features.", "model.", "backbone.body.", "base.")  # of a backbone in a larger network
 
 
@@ -72,6 +77,8 @@ def check_shapes(state: Mapping, needed: Mapping, label: str, user: str, hint: s
         if name not in state or state[name].shape != value.shape:
             shape = list(state[name].shape) if name in state else "missing"
             raise WeightsError(f"{label}: {name} is {shape}, {user} needs {list(value.shape)}{hint}")
+        if state[name].is_floating_point() != value.is_floating_point():
+            raise WeightsError(f"{label}: {name} is {state[name].dtype}, {user} needs {value.dtype}")
 
 
 def fine_tune(net: nn.Module, path_or_state_dict: str | Path | dict, strict: bool = False) -> str:
@@ -83,8 +90,8 @@ def fine_tune(net: nn.Module, path_or_state_dict: str | Path | dict, strict: boo
     check_family(bare_names(state), net.name, label, "this run")
     own = net.state_dict()
     head = list(own)[-2:]  # weight and bias of the last layer
-    count = len(state.get(head[1], own[head[1]]))
-    classes, wanted = saved.get("classes"), getattr(net, "classes", None)
+    count = size_of({**own, **state}, head[1], label)
+    classes, wanted = names_in(saved), getattr(net, "classes", None)
     classes = classes if classes and len(classes) == count else None
     if strict and (count != net.num_classes or (classes and wanted and classes != wanted)):
         raise WeightsError(f"{label}: {other_classes(classes, wanted, count, net.num_classes)}")
@@ -108,9 +115,9 @@ def from_state(state: State, label: str) -> nn.Module:
     `classes` are ImageNet's names where there are 1000, else None; `image_size` is (224, 224). Raises WeightsError.
     """
     name = family_of(bare_names(state), FAMILIES, label)
-    width = {"width_mult": len(state["features.17.conv.2.weight"]) / 320} if name == "mobilenet_v2" else {}
-    net = classifiers.NETWORKS[name](len(state[last_bias(name)]), **width)
-    load_strictly(net, state, label)
+    width = {"width_mult": size_of(state, "features.17.conv.2.weight", label) / 320} if name == "mobilenet_v2" else {}
+    count = size_of(state, last_bias(name), label)
+    net = build_strictly(functools.partial(classifiers.NETWORKS[name], count, **width), state, label)
     net.classes, net.image_size = list(IMAGENET) if net.num_classes == len(IMAGENET) else None, (224, 224)
     return net
 
@@ -157,7 +164,8 @@ def flat_v2_name(name: str) -> str:
 
 def subsampled_vgg(classifier: Mapping) -> State:
     """SSD's fc6 and fc7 from VGG16's classifier (Liu et al. 2016): every 4th unit, every 3rd row and column."""
-    if "classifier.0.weight" not in classifier or classifier["classifier.0.weight"].shape != (4096, 25088):
+    shapes = {name: tuple(value.shape) for name, value in classifier.items()}
+    if not VGG_CLASSIFIER.items() <= shapes.items():
         return {}
     fc6 = classifier["classifier.0.weight"].reshape(4096, 512, 7, 7)
     return {

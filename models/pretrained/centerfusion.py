@@ -1,10 +1,19 @@
 """Weights of CenterFusion from published files, CenterNet's and CenterFusion's."""
 
+import functools
 from pathlib import Path
 
 from models.centerfusion import NETWORKS, CenterFusion
 from models.pretrained import backbones
-from models.pretrained.state_dicts import State, family_of, load_strictly, open_weights
+from models.pretrained.state_dicts import (
+    State,
+    build_strictly,
+    family_of,
+    load_strictly,
+    names_in,
+    open_weights,
+    size_of,
+)
 from utils.errors import WeightsError
 from utils.nuscenes import CLASSES
 
@@ -26,9 +35,8 @@ def from_state(family: str, state: State, label: str) -> CenterFusion:
     """
     if "hm.2.bias" not in state:
         raise WeightsError(f"{label}: not a complete {family}, hm is missing; use another copy")
-    count = len(state["hm.2.bias"])
-    net = NETWORKS[family](count, radar="dep_sec.0.weight" in state)
-    load_strictly(net, state, label)
+    count = size_of(state, "hm.2.bias", label)
+    net = build_strictly(functools.partial(NETWORKS[family], count, radar="dep_sec.0.weight" in state), state, label)
     net.classes, net.image_size = list(CLASSES) if count == len(CLASSES) else None, IMAGE_SIZE
     return net
 
@@ -44,7 +52,7 @@ def fine_tune(net: CenterFusion, path_or_state_dict: str | Path | dict, strict: 
     family = family_of(state, FAMILIES, label)
     if family != net.name:
         raise WeightsError(f"{label}: contains a {family}, not a {net.name}; give a {net.name} file")
-    own, classes, wanted = net.state_dict(), saved.get("classes"), getattr(net, "classes", None)
+    own, classes, wanted = net.state_dict(), names_in(saved), getattr(net, "classes", None)
     parts = [*BODY]  # what is loaded
     for head in (*net.first_heads, *net.second_heads):
         shapes, given = (
@@ -56,7 +64,7 @@ def fine_tune(net: CenterFusion, path_or_state_dict: str | Path | dict, strict: 
             parts.append(head)
     random = [head for head in (*net.first_heads, *net.second_heads) if head not in parts]
     if strict and "hm" in random:
-        count = len(state.get("hm.2.bias", ()))
+        count = size_of(state, "hm.2.bias", label)
         counts = f"has other classes than the data, {count} in hm, {net.num_classes} in the data"
         raise WeightsError(f"{label}: {counts}; give the data that it was trained on")
     file_has_radar = "dep_sec.0.weight" in state

@@ -1,5 +1,6 @@
 """Weights of Mask R-CNN from torchvision's files."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from models.pretrained.retinanet import COCO, COCO_IDS, new_torchvision_name, wi
 from models.pretrained.state_dicts import (
     NetworkWeights,
     State,
+    build_strictly,
     family_of,
     fetch,
-    load_strictly,
     load_with_classes,
     open_network,
+    size_of,
 )
 from utils.errors import WeightsError
 
@@ -43,11 +45,11 @@ def describe(family: str, state: State, label: str) -> NetworkWeights:
     name = f"maskrcnn_{body}" + "_v2" * ("backbone.fpn.inner_blocks.0.1.weight" in state)
     if name not in NETWORKS:
         raise WeightsError(f"{label}: contains a {name}; known are {', '.join(NETWORKS)}")
-    count = len(state[f"{CLASSIFIER}.weight"]) - 1
+    count = size_of(state, f"{CLASSIFIER}.weight", label) - 1
     classes = next((list(names) for names in (COCO_IDS[1:], COCO) if len(names) == count), None)
     arguments = {}
     if name == "maskrcnn_resnet18":
-        width, hidden = (state[f"{head}.weight"].shape[1] for head in ("rpn.head.cls_logits", CLASSIFIER))
+        width, hidden = (size_of(state, f"{head}.weight", label, 1) for head in ("rpn.head.cls_logits", CLASSIFIER))
         arguments = {"proposals": 1000, "width": width, "hidden": hidden}
     return NetworkWeights(name, with_norm_eps(state), count, classes, arguments, label)
 
@@ -58,8 +60,8 @@ def from_state(family: str, state: State, label: str) -> MaskRCNN:
     `classes` are COCO's names where there are 80 or 90, else None; `min_side` and `max_side` as published.
     """
     weights = describe(family, state, label)
-    net = NETWORKS[weights.name](weights.num_classes, **weights.arguments)
-    load_strictly(net, weights.state, label)
+    new = functools.partial(NETWORKS[weights.name], weights.num_classes, **weights.arguments)
+    net = build_strictly(new, weights.state, label)
     net.classes, net.image_size = weights.classes, None
     return net
 

@@ -1,5 +1,6 @@
 """Weights of RetinaNet from published files, yhenon's and torchvision's."""
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,11 +11,12 @@ from models.pretrained import backbones
 from models.pretrained.state_dicts import (
     NetworkWeights,
     State,
+    build_strictly,
     family_of,
     fetch,
-    load_strictly,
     load_with_classes,
     open_network,
+    size_of,
 )
 from models.retinanet import SHAPES, RetinaNet
 from utils.errors import WeightsError
@@ -94,7 +96,7 @@ def describe(family: str, state: State, label: str) -> NetworkWeights:
         raise WeightsError(f"{label}: not a complete RetinaNet on a ResNet; use another copy")
     if anchors == "torchvision":
         state = with_norm_eps(state)
-    count = len(state[f"{LOGITS}.bias"]) // SHAPES
+    count = size_of(state, f"{LOGITS}.bias", label) // SHAPES
     classes = next((list(names) for names in (COCO_IDS, COCO) if len(names) == count), None)
     arguments = {"depth": int(body.removeprefix("resnet")), "anchors": anchors}
     return NetworkWeights("retinanet", state, count, classes, arguments, label)
@@ -106,8 +108,8 @@ def from_state(family: str, state: State, label: str) -> RetinaNet:
     `classes` are COCO's names where there are 80 or 91, else None; `min_side` and `max_side` as published.
     """
     weights = describe(family, state, label)
-    net = RetinaNet(weights.num_classes, **weights.arguments)
-    load_strictly(net, weights.state, label)
+    new = functools.partial(RetinaNet, weights.num_classes, **weights.arguments)
+    net = build_strictly(new, weights.state, label)
     net.classes, net.image_size = weights.classes, None
     net.min_side, net.max_side = SIDES[weights.arguments["anchors"]]
     return net

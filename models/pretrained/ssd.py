@@ -1,5 +1,6 @@
 """Weights of SSD from published files, qfgaohao's and dusty-nv's."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,11 +9,12 @@ from models.backbones.layers import IMAGENET_MEAN, IMAGENET_STD
 from models.pretrained import backbones
 from models.pretrained.state_dicts import (
     State,
+    build_strictly,
     family_of,
     fetch,
     load_matching,
-    load_strictly,
     open_weights,
+    size_of,
     with_counters,
 )
 from utils.errors import WeightsError
@@ -45,7 +47,9 @@ VOC = [
 def class_count(state: State) -> int | None:
     """Number of classes of an SSD's state dict, background counted; None if its last heads are missing."""
     logits, offsets = (state.get(f"{kind}_headers.5.bias") for kind in ("classification", "regression"))
-    return None if logits is None or offsets is None else 4 * len(logits) // len(offsets)
+    if logits is None or offsets is None or 0 in (logits.ndim, offsets.ndim, len(offsets)):
+        return None
+    return 4 * len(logits) // len(offsets)
 
 
 def from_state(name: str, state: State, label: str) -> ssd.SSD:
@@ -58,9 +62,9 @@ def from_state(name: str, state: State, label: str) -> ssd.SSD:
         raise WeightsError(f"{label}: {name} without its last heads: not a complete file; use another copy")
     arguments = {}
     if name == "mb2-ssd-lite" and "base_net.17.conv.7.weight" in state:
-        arguments["width_mult"] = len(state["base_net.17.conv.7.weight"]) / 320  # the widest layer is the most exact
-    net = ssd.NETWORKS[name](count - 1, **arguments)
-    load_strictly(net, state, label)
+        widest = size_of(state, "base_net.17.conv.7.weight", label)  # the widest layer is the most exact
+        arguments["width_mult"] = widest / 320
+    net = build_strictly(functools.partial(ssd.NETWORKS[name], count - 1, **arguments), state, label)
     net.classes = list(VOC) if net.num_classes == len(VOC) else None
     net.image_size = (300, 300)
     return net

@@ -14,11 +14,14 @@ import torch
 from torch import nn
 
 from utils import torch_files
+from utils.checkpoint_fields import FIELDS
 from utils.errors import WeightsError
 
 State = dict[str, torch.Tensor]
 Families = Mapping[str, Sequence[str]]  # name -> tensors that no other family has all of
 CONNECT_SECONDS = 10
+# What networks raise for arguments and numbers of classes that they cannot have, from files.
+NO_NETWORK = (TypeError, ValueError, LookupError, RuntimeError, AttributeError, ArithmeticError)
 MAX_NAMES = 20  # class names in one message
 
 
@@ -36,20 +39,36 @@ class NetworkWeights:
 
 def trained_weights(saved: Mapping) -> State:
     """The state dict in a dict read from a file, without `module.` in its names; averaged weights if there are any."""
-    if saved.get("ema"):
+    if isinstance(saved.get("ema"), dict) and saved["ema"]:
         saved = saved["ema"]
     for key in ("model", "state_dict"):
         if isinstance(saved.get(key), dict):
             saved = saved[key]
             break
-    return {name.removeprefix("module."): value for name, value in saved.items() if torch.is_tensor(value)}
+    named = {name: value for name, value in saved.items() if isinstance(name, str) and torch.is_tensor(value)}
+    return {name.removeprefix("module."): value for name, value in named.items()}
 
 
 def open_weights(path_or_state_dict: str | Path | dict, source: str | None = None) -> tuple[dict, State, str]:
-    """(dict as read, its state dict, name for messages)."""
+    """(dict as read, its state dict, name for messages). WeightsError if a tensor is not finite."""
     is_dict = isinstance(path_or_state_dict, dict)
     saved = path_or_state_dict if is_dict else torch_files.read(path_or_state_dict)
-    return saved, trained_weights(saved), str(source or ("state dict" if is_dict else path_or_state_dict))
+    state, label = trained_weights(saved), str(source or ("state dict" if is_dict else path_or_state_dict))
+    torch_files.check_finite(label, state)
+    return saved, state, label
+
+
+def names_in(saved: Mapping) -> list[str] | None:
+    """The class names in a dict read from a file; None if it has none."""
+    classes = saved.get("classes")
+    return list(classes) if FIELDS["classes"].fits(classes) and classes else None
+
+
+def size_of(state: Mapping, name: str, label: str, dim: int = 0) -> int:
+    """A dimension of a tensor, for class counts and widths. WeightsError if there is none."""
+    if name not in state or state[name].ndim <= dim:
+        raise WeightsError(f"{label}: {name} is missing or has another shape: not a complete file; use another copy")
+    return state[name].shape[dim]
 
 
 def open_network(
@@ -83,13 +102,36 @@ def with_counters(state: Mapping, own: Mapping) -> State:
     return {**state, **{name: own[name] for name in missing}}
 
 
-def load_strictly(net: nn.Module, state: Mapping, label: str) -> None:
-    """Load the tensors of `state`, which must be exactly those of the network. Else WeightsError naming the first."""
-    own = net.state_dict()
-    state = with_counters(state, own)
-    mismatches = torch_files.mismatches(state, own)
+def build_strictly(build: Callable[[], nn.Module], state: Mapping, label: str) -> nn.Module:
+    """The network that `build` makes, with the tensors of `state`, which must be exactly its own. Else WeightsError.
+
+    What `build` does was read from a file. It is called without memory for tensors first: no network is made that is
+    larger than the file.
+    """
+    try:
+        with torch.device("meta"):
+            outline = build()
+    except WeightsError as error:
+        raise WeightsError(f"{label}: {error}") from None
+    except NO_NETWORK as error:
+        reason = torch_files.first_line(error)
+        raise WeightsError(f"{label}: its arguments are those of no network: {reason}; use another copy") from None
+    _check_fit(outline, with_counters(state, outline.state_dict()), label)
+    net = build()
+    load_strictly(net, state, label)
+    return net
+
+
+def _check_fit(net, state, label):
+    mismatches = torch_files.mismatches(state, net.state_dict())
     if mismatches:
         raise WeightsError(f"{label}: {len(mismatches)} tensors do not fit {net.name}, the first: {mismatches[0]}")
+
+
+def load_strictly(net: nn.Module, state: Mapping, label: str) -> None:
+    """Load the tensors of `state`, which must be exactly those of the network. Else WeightsError naming the first."""
+    state = with_counters(state, net.state_dict())
+    _check_fit(net, state, label)
     net.load_state_dict(state)
 
 
@@ -100,7 +142,10 @@ def load_matching(net: nn.Module, state: Mapping) -> tuple[int, int, list[str]]:
     """
     own = net.state_dict()
     state = with_counters(trained_weights(state), own)
-    loaded = {name: state[name] for name, value in own.items() if name in state and state[name].shape == value.shape}
+    loaded = {name: state[name] for name, value in own.items() if name in state}
+    loaded = {
+        name: value for name, value in loaded.items() if not torch_files.mismatches({name: value}, {name: own[name]})
+    }
     skipped = [name for name in own if name not in loaded]
     if 2 * len(loaded) < len(own):
         raise WeightsError(
@@ -139,6 +184,9 @@ def load_with_classes(
         rows = [0] * background + [classes.index(name) + background for name in wanted]
 
         def select(value):
+            count = anchors_per_cell * (len(classes) + background)
+            if value.ndim == 0 or not len(value) or len(value) % count:
+                return value  # of another shape, which load_strictly reports
             return value.unflatten(0, (anchors_per_cell, len(classes) + background, -1))[:, rows].flatten(0, 2)
 
         state = {name: select(value) if name.startswith(heads) else value for name, value in state.items()}

@@ -1,6 +1,8 @@
 """build, describe and load for every kind of network, and the files and arguments that are refused."""
 
 import copy
+import math
+import resource
 
 import pytest
 import torch
@@ -77,6 +79,61 @@ def test_errors_name_the_file(tmp_path):
     torch.save(checkpoint(net, arguments={"depth": 18}), path)
     with pytest.raises(WeightsError, match="resnet18 has no argument 'depth'"):
         models.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (
+            {"num_classes": 10**6, "classes": ["a"] * 10**5 + ["b"] * 9 * 10**5},
+            "more values than a file of weights has",
+        ),
+        ({"num_classes": 10**5, "classes": ["a"] * 10**5}, r"\d+ tensors do not fit mobilenet_v2, the first: classif"),
+        ({"arguments": {"width_mult": 1e9}}, r"x.pt: width_mult 1000000000.0: must be from 0.1 to 4"),
+        ({"arguments": {"width_mult": "wide"}}, "its arguments are those of no network: '<=' not supported"),
+        ({"architecture": "retinanet", "arguments": {"depth": [18]}}, "its arguments are those of no network: unhash"),
+        (
+            {"architecture": "mb1-ssd", "arguments": {"box_sizes": [["a", "b"]] * 6}},
+            "its arguments are those of no net",
+        ),
+        (
+            {"architecture": "maskrcnn_resnet18", "arguments": {"width": 10**7}},
+            "tensors do not fit|those of no network",
+        ),
+        ({"image_size": (10**6, 10**6)}, "image_size is a tuple, must be a whole number from 1 to 8192"),
+        ({"model": {7: torch.zeros(1)}}, "model is a dict, must be a dict of tensors by name"),
+        ({7: 1, "model": {}}, "tensors do not fit mobilenet_v2"),
+        ({"flags": {"nms_iou": "text"}}, "flags.nms_iou is 'text', must be a number from 0 to 1"),
+    ],
+)
+def test_a_network_larger_than_its_file_is_never_made(tmp_path, changed, reason):
+    """Files whose fields ask for terabytes or are of another kind."""
+    saved = checkpoint(models.build("mobilenet_v2", 2, width_mult=0.1), image_size=(32, 32))
+    torch.save({**saved, **changed}, tmp_path / "x.pt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(WeightsError, match=reason) as caught:
+        models.load(tmp_path / "x.pt")
+    assert len(str(caught.value).splitlines()) == 1 and str(tmp_path / "x.pt") in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_weights_that_are_not_finite_are_refused(tmp_path, averaged):
+    net = models.build("squeezenet1_1", 2)
+    saved = checkpoint(net, image_size=(32, 32))
+    wrong = {**net.state_dict(), "classifier.1.bias": torch.tensor([0.0, math.nan])}
+    saved = {**saved, "ema": {"updates": 1, "model": wrong}} if averaged else {**saved, "model": wrong}
+    torch.save(saved, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match=r"x.pt: classifier.1.bias contains NaN or infinity, no usable weights"):
+        models.load(tmp_path / "x.pt")
+    torch.save(wrong, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match=r"x.pt: classifier.1.bias contains NaN or infinity, no usable weights"):
+        models.load(tmp_path / "x.pt")
+
+
+def test_a_run_of_a_size_that_could_not_be_loaded_is_refused():
+    with pytest.raises(WeightsError, match=r"image_size \(9000, 9000\) of this run: must be a whole number from 1 to"):
+        models.describe(models.build("squeezenet1_1", 2), image_size=(9000, 9000))
 
 
 def test_unknown_names_and_arguments_are_refused():

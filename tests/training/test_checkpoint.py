@@ -90,7 +90,7 @@ def test_resume_is_exact_to_the_bit(tmp_path, optimizer, precision):
 def test_a_checkpoint_is_a_flat_dict_of_plain_values(folder):
     saved = torch.load(folder / "last.pt", weights_only=True)
     fields = {"step", "epoch", "best", "best_step", "stale"}
-    assert set(saved) == {"format_version", "model", "optimizer", "scaler", "ema", "flags"} | fields
+    assert set(saved) == {"format_version", "model", "optimizer", "scaler", "ema", "flags", "checksum"} | fields
     assert saved["flags"]["out"] == "runs/x"
     assert saved["best"] == 1 / 3 + 4 / 7
     assert saved["model"]._metadata, "the versions of the modules are kept"
@@ -106,6 +106,38 @@ def test_a_flipped_bit_is_noticed(folder):
     (folder / "last.pt").write_bytes(data)
     with pytest.raises(WeightsError, match="truncated or damaged at"):
         checkpoint.read(folder / "last.pt")
+
+
+@pytest.mark.parametrize(("part", "place"), [("model", "1.running_var"), ("ema", "ema: 1.running_var")])
+def test_weights_that_are_not_finite_are_refused(folder, part, place):
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    tensors = saved["model"] if part == "model" else saved["ema"]["model"]
+    tensors["1.running_var"][2] = math.nan
+    checkpoint.write(folder / "last.pt", saved)
+    with pytest.raises(WeightsError, match=f"last.pt: {place} contains NaN or infinity"):
+        checkpoint.read(folder / "last.pt")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_state_of_the_optimizer_must_fit(tmp_path, optimizer):
+    run, parts, progress = small_run.parts(optimizer)
+    small_run.train(tmp_path, run, parts, progress, 2)
+    saved = checkpoint.read(tmp_path / "last.pt")
+    state, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
+    name = "exp_avg" if optimizer == "adamw" else "momentum_buffer"
+    other = small_run.parts(optimizer)[1]
+
+    def refused(**change):
+        return refusal({**saved, "optimizer": {**saved["optimizer"], **change}}, other)
+
+    for wrong in ({}, 3, {**state[0], name: "text"}, {**state[0], name: state[0][name][:1]}):
+        message = refused(state={**state, 0: wrong})
+        assert "its optimizer's state of parameter 0 ((4, 3, 3, 3)) does not fit: needed are tensors" in message
+        assert name in message
+    assert "state of parameter 6 (no parameter) does not fit" in refused(state={**state, 6: state[0]})
+    for wrong in ({**groups[0], "lr": "text"}, {**groups[0], "params": 3}, {"lr": 0.1}):
+        assert "a group of its optimizer has no lr or no list of params" in refused(param_groups=[wrong, groups[1]])
+    assert checkpoint.restore(saved, other).step == 2
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import resource
 import signal
 import types
@@ -163,6 +164,15 @@ def test_auto_falls_back_from_a_truncated_file_and_prints_why(folder, run, share
     assert (read_step(folder / "last.pt"), read_step(folder / "previous.pt")) == (3, 2)
 
 
+@pytest.mark.parametrize("change", [{"step": "text"}, {"model": {"a": torch.tensor(math.nan)}}, {"classes": [1]}])
+def test_a_checkpoint_of_impossible_contents_is_passed_over(tmp_path, run, capsys, change):
+    folder = small_run.make(tmp_path / "run")
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    checkpoint.write(folder / "last.pt", {**saved, **change})
+    assert run_folder.open_run(run, folder, "auto")["step"] == 2
+    assert re.search(r"last.pt: .*; using .*previous.pt", capsys.readouterr().out)
+
+
 def test_auto_without_last_and_with_numbered_copies(folder, run):
     (folder / "last.pt").unlink()
     assert run_folder.open_run(run, folder, "auto")["step"] == 2
@@ -270,7 +280,7 @@ def test_weights_are_saved_alone_with_the_metadata(tmp_path, run):
     folder, parts = opened(tmp_path, run)
     folder.save_weights(parts["model"])
     saved = torch.load(tmp_path / "backbone.pt", weights_only=True)
-    assert set(saved) == {"format_version", "classes", "arguments", "flags", "model"}
+    assert set(saved) == {"format_version", "classes", "arguments", "flags", "model", "checksum"}
     small_run.network().load_state_dict(saved["model"])
 
 

@@ -47,6 +47,37 @@ def test_load_strictly():
             state_dicts.load_strictly(net, wrong, "x.pt")
 
 
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_every_network_is_made_without_memory_first(name):
+    with torch.device("meta"):
+        outline = models.build(name, 2)
+    assert all(value.is_meta for value in outline.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"classification_headers.5.bias": torch.zeros(10**6)}, "tensors do not fit mb2-ssd-lite"),
+        ({"classification_headers.5.bias": torch.zeros(())}, "without its last heads"),
+        ({"regression_headers.5.bias": torch.zeros(0)}, "without its last heads"),
+        ({"base_net.17.conv.7.weight": torch.zeros(())}, "base_net.17.conv.7.weight is missing or has another shape"),
+        ({"base_net.17.conv.7.weight": torch.zeros(10**6)}, "width_mult 3125.0: must be from 0.1 to 4"),
+        ({7: torch.zeros(1), "ema": torch.ones(2), "model": 3}, "unknown weights"),
+    ],
+)
+def test_published_files_of_impossible_shapes(tmp_path, change, reason):
+    state = {} if 7 in change else models.build("mb2-ssd-lite", 2, width_mult=0.2).state_dict()
+    torch.save({**state, **change}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=f"x.pth: .*{reason}"):
+        models.load(tmp_path / "x.pth")
+
+
+def test_class_names_in_files_of_other_programs():
+    for classes in (None, 3, torch.ones(2), [1, 2], [], {"a": 1}):
+        assert state_dicts.names_in({"classes": classes}) is None
+    assert state_dicts.names_in({"classes": ("a", "b")}) == ["a", "b"]
+
+
 def test_load_matching_keeps_the_head_of_other_classes():
     source, net = models.build("mb1-ssd", 20), models.build("mb1-ssd", 5)
     head = net.classification_headers[0].weight.clone()
