@@ -323,8 +323,8 @@ def write_onnx(net, path, args):
     if not all(is_close(name, *pair, args.tolerance) for name, pair in largest.items()):
         raise UsageError(f"{path}: not written: the difference is above --tolerance {args.tolerance:g}")
     if labels:
-        write(path.with_name("labels.txt"), labels.encode())
-    write(path, content)
+        files.write_text(path.with_name("labels.txt"), labels)
+    files.write(path, lambda file: file.write(content))
     batch = "any batch size" if args.dynamic_batch else f"batch size {args.batch}"
     print(f"{path}: {net.name}, {size[0]} x {size[1]} pixels, {batch}, {len(content) / 1e6:.1f} MB, opset {opset}")
     outputs = [name for name in graph.outputs if name not in onnx.CANDIDATES]
@@ -361,20 +361,12 @@ def write_state_dict(net, path):
     difference = torch.stack(changes).max().item()
     if difference != 0:  # also if it is nan
         raise WeightsError(f"{path}: not written: the weights differ by {difference:.1e} after reading them back")
-    write(path, buffer.getvalue())
+    files.write(path, lambda file: file.write(buffer.getvalue()))
     print(f"{path}: bare weights of {net.name}, {len(buffer.getvalue()) / 1e6:.1f} MB, checked by reading them back")
     print("  such a file stores neither class names nor the image size")
     if net.arguments.get("priors") == "jetson":
         print(f"  nor its priors: give it --size {' '.join(map(str, net.image_size))} --priors jetson here")
     return {"weights": difference}
-
-
-def write(path, content):
-    """Write bytes to a file. UsageError if it cannot be written."""
-    try:
-        files.write(path, lambda file: file.write(content))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror or error}; choose another path") from error
 
 
 def main(argv=None):

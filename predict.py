@@ -152,7 +152,7 @@ def predict_images(net, task, names, args, run, threshold, labels):
     gallery, every, counter = Gallery(args.out, args.overwrite, args.save_frames), args.every or 1, itertools.count(1)
     path, images_path = (gallery.claim(name) for name in (JSON_FILES.get(task, "detections.json"), "images.json"))
     images_json = prediction_files.images_json(images_path, categories, {"radar": False} if task == "fusion" else {})
-    with StopSignals(run) as stop, gallery.writing(), prediction_files.JsonList(path) as rows, images_json as infos:
+    with StopSignals(run) as stop, gallery, prediction_files.JsonList(path) as rows, images_json as infos:
         frames = video_input.read_images(sources, every, gallery.report)
         frames = itertools.takewhile(lambda _: not stop.requested(), frames)
         total = video_input.count_images(sources, every)
@@ -207,7 +207,7 @@ def predict_nuscenes(net, names, args, run, threshold, labels):
     gallery, targets, detections = Gallery(args.out, args.overwrite), [], []
     path = gallery.claim("submission.json")
     progress = tqdm(total=sum(len(indices) for _, indices in key_frames), unit="image", disable=None)
-    with gallery.writing(), progress:
+    with gallery, progress:
         for name, indices in key_frames:
             samples, predicted = load_samples(dataset, indices, gallery.report), []
             for batch in batches(samples, args.batch_size):

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from ops import rle
+from utils import files
 from utils.errors import DataError, UsageError
 from utils.labels import first_names
 from utils.nuscenes import ATTRIBUTES
@@ -22,8 +23,8 @@ class JsonList:
 
     with JsonList(path, before='{"images": ', after="}") as rows: rows.add(row)
 
-    Until the block ends the file has the suffix .tmp; if an error ends it, there will be no file. OSError if it cannot
-    be written.
+    Until the block ends the file has the suffix .tmp; if an error ends it, there will be no file. WriteError if it
+    cannot be written.
     """
 
     def __init__(self, path: Path, before: str = "", after: str = ""):
@@ -34,23 +35,26 @@ class JsonList:
     def add(self, *rows: Mapping) -> None:
         """Append rows of plain values."""
         for row in rows:
-            self._file.write((",\n" if self.count else "\n") + json.dumps(row))
+            with files.writing(self.path):
+                self._file.write((",\n" if self.count else "\n") + json.dumps(row))
             self.count += 1
 
     def __enter__(self):
-        self._file = open(self._temporary, "w", encoding="utf-8")
-        self._file.write(self._before)
+        with files.writing(self.path):
+            self._file = open(self._temporary, "w", encoding="utf-8")
+            self._file.write(self._before)
         return self
 
     def __exit__(self, kind, error, trace):
         try:
-            with self._file:
+            with files.writing(self.path):
+                with self._file:
+                    if kind is None:
+                        self._file.write("\n" * bool(self.count) + self._after)
                 if kind is None:
-                    self._file.write("\n" * bool(self.count) + self._after)
-            if kind is None:
-                self._temporary.replace(self.path)
+                    self._temporary.replace(self.path)
         finally:
-            self._temporary.unlink(missing_ok=True)
+            files.remove(self._temporary)
 
 
 def images_json(path: Path, categories: Sequence[Mapping], info: Mapping) -> JsonList:

@@ -64,7 +64,7 @@ def draw(layout, out, images=200, seed=0, size=None):
     size     (width, height) of every image; None: about 320 x 240, imagefolder 100 x 100, nuscenes 800 x 450
 
     Returns `out`. Raises DataError where images, seed or size is too small, where `out` contains anything but this data
-    set or a part of it, and where it cannot be written.
+    set or a part of it; WriteError where it cannot be written.
     """
     out, writer = Path(out), LAYOUTS[layout]
     images -= images % writer.multiple
@@ -77,12 +77,10 @@ def draw(layout, out, images=200, seed=0, size=None):
     arguments = {"layout": layout, "images": images, "seed": seed}
     arguments |= {"size": list(size) if size else None, "version": writer.version}
     if not is_complete(out, arguments):
-        try:
+        with files.writing(out):
             write_mark(out, arguments | {"whole": False})
-        except OSError as error:
-            raise DataError(out, "output folder", f"cannot be written: {error.strerror}") from error
-        writer.write(out, images, seed, size)
-        write_mark(out, arguments | {"whole": True})
+            writer.write(out, images, seed, size)
+            write_mark(out, arguments | {"whole": True})
     return out
 
 

@@ -3,10 +3,10 @@
 import sys
 
 from synthetic import main
-from utils.errors import DataError
+from utils.errors import UserError
 
 try:
     main()
-except DataError as error:
+except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

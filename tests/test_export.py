@@ -16,7 +16,7 @@ from models.pretrained.retinanet import published_state
 from ops import nms
 from ops.images import normalize
 from tests import export_helpers
-from utils.errors import DataError, UsageError, WeightsError
+from utils.errors import DataError, UsageError, WeightsError, WriteError
 
 pytestmark = pytest.mark.slow
 
@@ -252,5 +252,5 @@ def test_flags_that_do_not_fit(tmp_path, capsys):
         export.main([given, "--size", "100", "128"])
     with pytest.raises(DataError, match="no such folder, or no image in it"):
         export.main([given, "--check-images", str(tmp_path)])
-    with pytest.raises(UsageError, match=r"best.pt/x.pth: cannot be written: .*; choose another path"):
+    with pytest.raises(WriteError, match=r"best.pt/x.pth: not written: .*, or choose another folder"):
         export.main([given, "--state-dict", str(tmp_path / "best.pt" / "x.pth")])

@@ -18,10 +18,12 @@ import torch
 from tqdm import tqdm
 
 from training import distributed, memory
+from training.board import Board
 from training.distributed import Run
 from training.meter import Meter, NonFiniteLoss
 from utils import files
 
+METRICS = "metrics.jsonl"
 CONSOLE_VALUES = 16  # maximum in a line on the console; metrics.jsonl and TensorBoard get all
 CURVE_POINTS = 127  # maximum that TensorBoard draws of a precision-recall curve
 MAX_NONFINITE = 20  # steps in a row, in fp16: the GradScaler skips them while it searches its scale
@@ -71,14 +73,12 @@ class Logger:
         self._metrics = self._board = None
         if not self.enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and workers never need it
-
-        folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "flags.json", flags, indent=1)
         files.write_json(folder / "versions.json", versions(), indent=1)
-        drop_later(folder / "metrics.jsonl", first_step)
-        self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, see close()
-        self._board = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
+        drop_later(folder / METRICS, first_step)
+        with files.writing(folder / METRICS):
+            self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115, see close()
+        self._board = Board(folder, first_step + 1 if first_step else 0, self._print)
         rows = [f"| {name} | `{value}` |" for name, value in sorted(flags.items())]
         self._board.add_text("flags", "\n".join(["| flag | value |", "| --- | --- |", *rows]), first_step)
         if flags.get("log_level") == "debug":
@@ -91,9 +91,10 @@ class Logger:
         self.close()
 
     def close(self) -> None:
-        for sink in (self._bar, self._metrics, self._board):
-            if sink is not None:
-                sink.close()
+        with files.writing(self.folder / METRICS, "continue with --resume auto"):  # also the rest of a failed line
+            for sink in (self._bar, self._board, self._metrics):
+                if sink is not None:
+                    sink.close()
 
     def steps(self, loader: Iterable[Item]) -> Iterator[Item]:
         """Yield the items of `loader`, one per step, with a progress bar; measures the wait for each."""
@@ -170,9 +171,14 @@ class Logger:
 
         images: number of images trained on since it was last given. If given, adds images per second, the share of the
         time spent waiting for data, and the peak memory (of the GPU if one is in use, else RAM) in MB.
+
+        Every process calls this. WriteError in all of them if the main process cannot write metrics.jsonl.
         """
-        if not self.enabled:
-            return
+        with self.run.raise_in_all():
+            if self.enabled:
+                self._log(step, values, images)
+
+    def _log(self, step, values, images):
         values = {tag: float(value) for tag, value in values.items()}
         if images is not None:
             seconds = time.perf_counter() - self._clock_start
@@ -182,8 +188,9 @@ class Logger:
             self._clock_start, self._waited = time.perf_counter(), 0.0
             memory.reset_peak()
         line = {"step": step} | {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        with files.writing(self.folder / METRICS, "continue with --resume auto"):
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
         for tag, value in values.items():
             self._board.add_scalar(tag, value, step)
         if not self.quiet:
@@ -202,11 +209,13 @@ class Logger:
         """Log a validation: metrics as val/..., images (name, uint8 [3,H,W]), the evaluators' precision-recall curves;
         let the evaluators write their files into the run folder."""
         self.metrics, self.evaluators = metrics, evaluators
+        self.log(step, {f"val/{name}": value for name, value in metrics.items()})
+        with self.run.raise_in_all():
+            for evaluator in evaluators if self.enabled else ():
+                evaluator.write(self.folder)
         if not self.enabled:
             return
-        self.log(step, {f"val/{name}": value for name, value in metrics.items()})
         for evaluator in evaluators:
-            evaluator.write(self.folder)
             for name, (precision, recall, _) in evaluator.curves().items():
                 self._add_pr_curve(f"val/PR/{name}", precision, recall, step)
         for name, image in images:

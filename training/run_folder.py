@@ -4,10 +4,10 @@ RUN/last.pt  previous.pt  best.pt          the latest checkpoint, the one before
 RUN/epoch_012.pt  step_000200.pt           numbered copies, if flags ask for them
 RUN/metrics.jsonl  flags.json  versions.json  events.out.tfevents.*
 RUN/evaluation/  evaluation_SPLIT/         what --eval-only writes
+RUN/run.lock                               while a training has the folder, see run_lock
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -27,10 +27,11 @@ from training.distributed import Run
 from training.ema import Ema
 from training.logger import Logger
 from training.plan import Plan
+from training.run_lock import WAIT_SECONDS, RunLock
 from training.saved_flags import BEST, LAST, NOT_TAKEN, NUMBERED, PREVIOUS, newest_first
 from training.signals import StopSignals
 from utils import files, torch_files
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError, UserError, WriteError
 
 WEIGHTS = "backbone.pt"  # weights alone, see RunFolder.save_weights
 EVALUATION = "evaluation.json"  # in evaluation or evaluation_SPLIT, see RunFolder.report
@@ -38,6 +39,9 @@ NOT_ALWAYS_WRITTEN = ("per_class.csv", "confusion.csv", "pr_curves.*", "det_test
 LOGS = ("metrics.jsonl", "nan_report.json", "events.out.tfevents.*")
 SHARED = ".shared_"  # beginning of the name of a file that exists while open_run looks whether all processes see it
 SHARED_SECONDS = 5  # time for it to appear on the other machines
+RESTART_SECONDS = 30  # time for the processes of a restarted job to end on other machines
+CONTINUE = "continue with --resume auto"
+EVALUATION_TRIES = 3  # to read the same checkpoint in all processes while a training goes on
 RUN_FILES = ("new.pt", LAST, PREVIOUS, BEST, WEIGHTS, *NUMBERED, "*.pt.tmp", "*.pt.damaged", f"{SHARED}*", *LOGS)
 RUN_FILES += (f"evaluation*/{EVALUATION}",)
 SCORE_FLAGS = ("score_threshold", "nms_iou", "detections_per_image", "flip_test")  # they change AP, mAP, NDS
@@ -64,7 +68,10 @@ class RunFolder:
         weights = torch_files.peek(args.weights) if args.eval_only and not args.resume else {}
         weights = weights if "format_version" in weights else {}  # of ours
         resume = args.resume or (args.weights if "step" in weights else "")
-        self.checkpoint = None
+        self.checkpoint = self.lock = None
+        with run.raise_in_all():
+            if self.writes and run.is_main:
+                self.lock = RunLock(self.path, RESTART_SECONDS if _is_restart() else WAIT_SECONDS, run.print)
         if not args.check_data:
             self.checkpoint = open_run(run, self.path, resume, args.overwrite, read_only=not self.writes)
         self.classes = (self.checkpoint or weights).get("classes")
@@ -133,21 +140,24 @@ class RunFolder:
         progress.best, progress.best_step, progress.stale = None, 0, 0
 
     def logger(self, plan: Plan, train_set: Any) -> Logger:
-        """The log of the run; train_set.image_path(image_id) is the file of a training image."""
-        return Logger(
-            self.path,
-            self.run,
-            plan.total_steps,
-            first_step=self.progress.step,
-            batch_size=self.args.batch_size,
-            flags=vars(self.args),
-            image_path=train_set.image_path,
-            enabled=self.writes,
-        )
+        """The log of the run; train_set.image_path(image_id) is the file of a training image. Every process calls
+        this."""
+        with self.run.raise_in_all():
+            return Logger(
+                self.path,
+                self.run,
+                plan.total_steps,
+                first_step=self.progress.step,
+                batch_size=self.args.batch_size,
+                flags=vars(self.args),
+                image_path=train_set.image_path,
+                enabled=self.writes,
+            )
 
     def save(self, copies: Sequence[str] = ()) -> None:
         """Save a checkpoint as last.pt, under the names `copies`, and after the best validation so far as best.pt."""
         if self.writes and self.run.is_main:
+            self.lock.check()
             if self.progress.best is not None and self.progress.best_step == self.progress.step:
                 copies = [BEST, *copies]
             contents = {**self.parts, **self.metadata, "flags": vars(self.args), **vars(self.progress)}
@@ -160,12 +170,13 @@ class RunFolder:
             try:
                 checkpoint.write(self.path / WEIGHTS, {**self.metadata, "flags": vars(self.args), "model": net})
             except OSError as error:
-                raise _not_written(self.path / WEIGHTS, error) from error
+                raise WriteError(self.path / WEIGHTS, error, CONTINUE) from error
 
     def write_lines(self, name: str, lines: Sequence[str]) -> None:
         """Write a text file into the folder."""
-        if self.writes and self.run.is_main:
-            files.write_text(self.path / name, "".join(f"{line}\n" for line in lines))
+        with self.run.raise_in_all():
+            if self.writes and self.run.is_main:
+                files.write_text(self.path / name, "".join(f"{line}\n" for line in lines))
 
     def read_lines(self, name: str) -> list[str] | None:
         """The lines of a text file beside the checkpoint, until `restore`; None without either."""
@@ -186,20 +197,19 @@ class RunFolder:
             result |= {"epoch": self.progress.epoch if self.progress.step else None}
             result |= {"fingerprint": self.fingerprint, "metrics": written, "network": self.metadata}
             result |= {"flags": vars(self.args)}
-            try:
+            with files.writing(folder):
                 for old in [path for pattern in NOT_ALWAYS_WRITTEN for path in folder.glob(pattern)]:
                     old.unlink()  # of an earlier evaluation, of other classes or of another layout
                 files.write_json(folder / EVALUATION, result, indent=1)
                 names = [name for evaluator in evaluators for name in evaluator.write(folder)]
-            except OSError as error:
-                reason = error.strerror or error
-                raise UsageError(f"{folder}: not written: {reason}; give another --model-dir") from error
             self.run.print(f"{folder}: {', '.join([EVALUATION, *names])} written")
         self.run.close()
         return metrics
 
     def finish(self, stop: StopSignals, metrics: Mapping[str, float], evaluators: Sequence) -> Mapping[str, float]:
         """The end of training: print the result, return the metrics. SystemExit with code 130 or 143 after a signal."""
+        if self.lock:
+            self.lock.release()
         stop.requested()  # a signal to one process during the last validation ends all of them with its code
         self.run.close()
         progress = self.progress
@@ -243,8 +253,8 @@ def save(folder: Path, contents: Mapping[str, Any], copies: Sequence[str] = (), 
                 old.unlink()
         files.sync_folder(folder)
     except OSError as error:
-        new.unlink(missing_ok=True)
-        raise _not_written(last, error) from error
+        files.remove(new)
+        raise WriteError(last, error, CONTINUE) from error
 
 
 def open_run(run: Run, folder: Path, resume: str = "", overwrite: bool = False, read_only: bool = False) -> dict | None:
@@ -261,36 +271,32 @@ def open_run(run: Run, folder: Path, resume: str = "", overwrite: bool = False, 
     main_place, name = run.gather((f"{folder.absolute()} on {socket.gethostname()}", f"{SHARED}{uuid.uuid4().hex}"))[0]
     token = None if read_only or run.world_size == 1 else folder / name
     try:
-        with run.main_first():  # NFS caches for a while that a folder is missing: look for it after it was created
-            if token and not run.is_main:
-                _wait_for(token, main_place)
-            saved, damaged = _find(run, folder, resume, overwrite, read_only)
-            if token and run.is_main:
-                _create(token)
+        for _ in range(EVALUATION_TRIES if read_only else 1):
+            with run.main_first():  # NFS caches for a while that a folder is missing: look for it after it was created
+                if token and not run.is_main:
+                    _wait_for(token, main_place)
+                saved, damaged = _find(run, folder, resume, overwrite, read_only)
+                if token and run.is_main:
+                    files.write_text(token, "")
+            steps = run.gather(saved["step"] if saved else 0)
+            if len(set(steps)) == 1:
+                break
     finally:
         if token and run.is_main:
-            with contextlib.suppress(OSError):  # it may not exist
-                token.unlink()
-    steps = run.gather(saved["step"] if saved else 0)
+            files.remove(token)
     with run.raise_in_all():
         if len(set(steps)) > 1:
             raise UsageError(
-                f"{folder}: processes start from different steps {steps}; use a folder that all machines share"
+                f"{folder}: processes start from different steps {steps}; use a folder that all machines share, and "
+                "for --eval-only a checkpoint that no training replaces meanwhile"
             )
     if run.is_main and not read_only:
-        for path in damaged:
-            path.replace(f"{path}.damaged")  # else the next save would make it previous.pt, over the whole one
-        for path in [path for pattern in RUN_FILES for path in folder.glob(pattern)] if overwrite else ():
-            path.unlink()
+        with files.writing(folder):
+            for path in damaged:
+                path.replace(f"{path}.damaged")  # else the next save would make it previous.pt, over the whole one
+            for path in [path for pattern in RUN_FILES for path in folder.glob(pattern)] if overwrite else ():
+                path.unlink()
     return saved
-
-
-def _create(token):
-    try:
-        files.write_text(token, "")
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"{token.parent}: not writable: {reason}; give another --model-dir") from error
 
 
 def _wait_for(token, main_place):
@@ -360,8 +366,3 @@ def _number_of(path):
     """The number in the name of a numbered copy; 0 for a file of the user's that only looks like one."""
     number = path.stem.rpartition("_")[2]
     return int(number) if number.isdecimal() else 0
-
-
-def _not_written(path, error):
-    reason = error.strerror or error
-    return UsageError(f"{path}: not written: {reason}; free some disk space, then --resume auto")

@@ -3,7 +3,25 @@
 The scripts print it as `error: ...` and exit with code 2. Any other exception is a bug and gets a traceback.
 """
 
+import errno
 from pathlib import Path
+
+FOLDER = "choose another folder"
+ROOM = "free some disk space"
+IN_THE_WAY = f"move away the file or folder that is in the way, or {FOLDER}"
+REMEDIES = {  # of an OSError while writing
+    errno.ENOSPC: ROOM,
+    errno.EDQUOT: ROOM,
+    errno.EFBIG: f"raise the limit of the size of files (ulimit -f), or {FOLDER}",
+    errno.EROFS: f"mount the disk for writing, or {FOLDER}",
+    errno.EACCES: f"change the permissions, or {FOLDER}",
+    errno.EPERM: f"change the permissions, or {FOLDER}",
+    errno.ENOENT: f"mount the disk or restore the folder, or {FOLDER}",
+    errno.ENOTDIR: IN_THE_WAY,
+    errno.EEXIST: IN_THE_WAY,
+    errno.EISDIR: IN_THE_WAY,
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 class UserError(Exception):
@@ -18,6 +36,18 @@ class UsageError(UserError):
 
 class WeightsError(UserError):
     """A weights file, or an argument of a network, that does not fit."""
+
+
+class WriteError(UserError, OSError):
+    """`path: not written: reason; remedy`, from the OSError `error`. then: what to do after the remedy."""
+
+    def __init__(self, path: str | Path, error: OSError, then: str = ""):
+        super().__init__(error.errno, error.strerror or str(error))
+        remedy = REMEDIES.get(error.errno, f"check the disk, or {FOLDER}")
+        self.line = f"{path}: not written: {self.strerror}; {remedy}" + (f", then {then}" if then else "")
+
+    def __str__(self):
+        return self.line
 
 
 class DataError(UserError):

@@ -1,5 +1,6 @@
 """Reading text, and atomic file writing: under a temporary name, flushed to disk, then renamed."""
 
+import contextlib
 import csv
 import io
 import json
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from utils.errors import DataError
+from utils.errors import DataError, WriteError
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
@@ -23,21 +24,40 @@ def read_lines(path: str | Path) -> Iterator[str]:
         raise DataError(path, "", f"cannot be read: {error.strerror}") from None
 
 
+@contextlib.contextmanager
+def writing(path: str | Path, then: str = "") -> Iterator[None]:
+    """`with files.writing(path):` around what writes a file or folder: an OSError becomes a WriteError, see there."""
+    try:
+        yield
+    except WriteError:
+        raise  # it names the file within the folder `path`
+    except OSError as error:
+        raise WriteError(path, error, then) from error
+
+
 def write(path: Path, write_to: Callable[[BinaryIO], object]) -> None:
     """Write `path` by calling `write_to(file)`: at any moment it has either its old or its new contents.
 
-    Its folder is created if there is none. OSError if it cannot be written.
+    Its folder is created if there is none. WriteError if it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write_to(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                write_to(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            remove(temporary)
+            raise
+
+
+def remove(path: Path) -> None:
+    """Remove what is left of a file that could not be written; nothing happens where that fails too."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,6 @@
 """The output folder of predict.py: annotated images and videos, a contact sheet, and a line about the speed."""
 
 import io
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ import torch
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from utils.errors import DataError, UsageError
+from utils import files
+from utils.errors import DataError, UsageError, WriteError
 from visualize.draw2d import contact_sheet, thumbnail
 from visualize.video import VideoWriter
 
@@ -27,7 +27,8 @@ class Gallery:
     overwrite     delete the files of an earlier prediction in it, and no others
     save_frames   write the frames of a video as images too
 
-    UsageError if it is not empty otherwise, or cannot be created or written to.
+    To be used by `with`: after an error no unfinished video remains. UsageError if the folder is not empty otherwise,
+    WriteError if it or a file in it cannot be written.
     """
 
     def __init__(self, out: str | Path, overwrite: bool = False, save_frames: bool = False):
@@ -35,16 +36,12 @@ class Gallery:
         self._thumbnails, self._added, self._step = [], 0, 1
         self._video, self._video_key, self._kinds = None, None, set()
         self._errors, self._count, self._seconds, self._start = [], 0, 0.0, time.perf_counter()
-        try:
+        with files.writing(f"--out {out}"):
             if self.out.exists() and not self.out.is_dir():
                 raise UsageError(f"--out {out}: is a file; name a folder")
             self.out.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.out, os.W_OK):
-                raise UsageError(f"--out {out}: no permission to write; name another folder")
             self._clear(overwrite)
             self._sheet = self.claim(SHEET)
-        except OSError as error:
-            raise UsageError(f"--out {out}: {error.strerror}; name another folder") from None
 
     def _clear(self, overwrite):
         record = self.out / OWN_FILES
@@ -69,7 +66,10 @@ class Gallery:
                 f"--out {self.out}: contains {name}, which is not of an earlier prediction; move it away, or name "
                 "another folder"
             )
-        with open(self.out / OWN_FILES, "a", encoding="utf-8", errors="surrogateescape") as record:
+        with (
+            files.writing(self.out / OWN_FILES),
+            open(self.out / OWN_FILES, "a", encoding="utf-8", errors="surrogateescape") as record,
+        ):
             record.write(f"{name}\n")
         return path
 
@@ -81,14 +81,12 @@ class Gallery:
             name = f"{stem}_{number}{suffix}"
         return self.claim(name)
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """A UsageError in place of the OSError of a file that cannot be written."""
-        try:
-            yield
-        except OSError as error:
-            what = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
-            raise UsageError(f"--out {self.out}: {what}; make room, or name another folder") from None
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self._video and kind is not None:
+            self._video.discard()
 
     def report(self, error: DataError) -> None:
         """Print an error of a file that is left out; `close` then fails."""
@@ -147,10 +145,9 @@ class Gallery:
     def close(self, summary: str) -> None:
         """Write the contact sheet and the end of a video, and print `summary` and the speed. UsageError if errors were
         reported."""
-        with self.writing():
-            self._close_video()
-            if self._thumbnails:
-                _write_jpeg(self._sheet, contact_sheet(self._thumbnails))
+        self._close_video()
+        if self._thumbnails:
+            _write_jpeg(self._sheet, contact_sheet(self._thumbnails))
         if self._count:
             rate, overall = self._count / self._seconds, self._count / (time.perf_counter() - self._start)
             images = f"{self._count} image{'s' * (self._count > 1)}"
@@ -166,7 +163,8 @@ def _write_jpeg(path, image):
     encoded = io.BytesIO()
     F.to_pil_image(image).save(encoded, "JPEG", quality=92)
     try:
-        path.write_bytes(encoded.getbuffer())
-    except OSError:
-        path.unlink(missing_ok=True)  # the beginning of an image
+        with files.writing(path):
+            path.write_bytes(encoded.getbuffer())
+    except WriteError:
+        files.remove(path)  # the beginning of an image
         raise

@@ -8,7 +8,7 @@ import torch
 from pycocotools import mask as coco_masks
 
 from evaluation import prediction_files
-from utils.errors import DataError, UsageError
+from utils.errors import DataError, UsageError, WriteError
 
 NAMES = ["cat", "dog"]
 CATEGORIES = prediction_files.categories(NAMES)
@@ -75,6 +75,27 @@ def test_an_error_leaves_no_list(tmp_path):
     with pytest.raises(ZeroDivisionError), prediction_files.JsonList(tmp_path / "a.json") as rows:
         rows.add({"id": 1 // 0})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_list_on_a_full_disk_is_one_error_and_leaves_no_file(tmp_path):
+    """Which is noticed in `add`, or not before the end."""
+
+    def write(rows):
+        with prediction_files.JsonList(tmp_path / "a.json") as rows_json:
+            rows_json._file.close()
+            rows_json._file = open("/dev/full", "w")  # noqa: SIM115
+            rows_json.add(*rows)
+
+    for rows in ([{}], [{"id": number} for number in range(10000)]):
+        with pytest.raises(WriteError, match=r"a\.json: not written: No space left on device; free some disk space"):
+            write(rows)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.json").mkdir()
+    with (
+        pytest.raises(WriteError, match=r"a\.json: not written: Is a directory"),
+        prediction_files.JsonList(tmp_path / "a.json"),
+    ):
+        pass
 
 
 # ---- COCO's ids ----

@@ -10,7 +10,7 @@ import pytest
 import synthetic
 from synthetic.shapes import drawing, layouts
 from tests import script_helpers
-from utils.errors import DataError
+from utils.errors import DataError, WriteError
 
 SIZE = (80, 64)
 
@@ -95,7 +95,7 @@ def test_refuses_a_folder_with_other_files(tmp_path):
         synthetic.draw_voc(out, images=3, size=SIZE)
     with pytest.raises(DataError, match="is a file"):
         synthetic.draw_voc(out / "labels.txt")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(WriteError, match="not written: Not a directory"):
         synthetic.draw_voc(out / "labels.txt" / "deeper")
 
 

@@ -1,6 +1,7 @@
 import argparse
 import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -376,6 +377,8 @@ def in_one_of_two(rank, ports, folder):
     check_start(run)
     check_stop(run)
     check_run_folder(run, folder)
+    check_an_evaluation_while_a_training_saves(run, folder)
+    check_full_disk(run, folder)
     check_errors(run)
     check_non_finite_loss(run, folder)
     run.close()
@@ -473,8 +476,33 @@ def check_run_folder(run, folder):
     run_folder.open_run(run, folder / "shared")
     run.gather(None)
     assert not list((folder / "shared").iterdir())
-    with pytest.raises(UsageError, match=r"last\.pt/x: not writable: Not a directory; give another --model-dir"):
+    with pytest.raises(UserError, match=r"last\.pt/x/.*: not written: Not a directory; .* or choose another folder"):
         run_folder.open_run(run, folder / "0" / "last.pt" / "x", "auto")
+
+
+def check_an_evaluation_while_a_training_saves(run, folder):
+    """Processes that have read different checkpoints read again."""
+    real, calls = run_folder._find, []
+
+    def find(*arguments):
+        saved, damaged = real(*arguments)
+        calls.append(saved["step"])
+        return {**saved, "step": saved["step"] + run.rank * (len(calls) == 1)}, damaged
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "_find", find)
+        assert run_folder.open_run(run, folder / "0", "auto", read_only=True)["step"] == 5
+    assert len(calls) == 2
+
+
+def check_full_disk(run, folder):
+    """What the main process cannot write is an error in all processes, none of which waits for another."""
+    with Logger(folder / "full", run, total_steps=2) as log:
+        if run.is_main:
+            log._metrics.close()
+            log._metrics = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)  # noqa: SIM115
+        with pytest.raises(UserError, match=r"metrics\.jsonl: not written: No space left on device"):
+            log.log(1, {"x": 1.0})
 
 
 def check_errors(run):

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import sys
+import threading
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tensorboard.util import tensor_util
 from training import distributed, logger
 from training.logger import Logger
 from training.meter import NonFiniteLoss
+from utils.errors import WriteError
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +228,54 @@ def test_level_warning_prints_nothing_and_writes_all(tmp_path, run, capsys):
         log.log(1, {"loss": 2.0})
     assert capsys.readouterr().out == ""
     assert lines(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.parametrize("name", ["flags.json", "metrics.jsonl", "run"])
+def test_a_log_that_cannot_be_opened_is_one_error(tmp_path, run, name):
+    """A folder where a file should be, or the reverse."""
+    (tmp_path / "run").touch() if name == "run" else (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(WriteError, match=r"run.*: not written: .*; move away the file or folder that is in the way"):
+        Logger(tmp_path / "run", run, total_steps=1)
+
+
+def test_metrics_on_a_full_disk_are_one_error(tmp_path, run):
+    """The closing of the file, which writes the rest of the line, raises nothing else."""
+
+    def log_to_a_full_disk():
+        with Logger(tmp_path, run, total_steps=1) as log:
+            log._metrics.close()
+            log._metrics = open("/dev/full", "a")  # noqa: SIM115
+            log.log(1, {"x": 1.0})
+
+    line = r"metrics.jsonl: not written: No space left on device; free some disk space, then continue with --resume"
+    with pytest.raises(WriteError, match=line):
+        log_to_a_full_disk()
+
+
+def test_the_training_goes_on_without_tensorboard(tmp_path, run, capfd):
+    hook = threading.excepthook
+    with Logger(tmp_path, run, total_steps=3) as log:
+        (file,) = tmp_path.glob("events.*")
+        log._board.flush()
+        file.unlink()
+        file.mkdir()
+        for step in (1, 2, 3):
+            log.log(step, {"x": 1.0})
+            log.log_validation(step, {"AP": 1.0}, [Evaluator()])
+            log._board.flush()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 1, 2, 2, 3, 3]
+    printed, errors = capfd.readouterr()
+    assert printed.count("events.out.tfevents.*: not written: Is a directory; ") == 1
+    assert errors == "", "no traceback of TensorBoard's thread"
+    assert threading.excepthook is hook
+
+
+def test_tensorboard_that_cannot_begin(tmp_path, run, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(event_file_writer, "EventFileWriter", full)
+    monkeypatch.setattr("torch.utils.tensorboard.writer.EventFileWriter", full)
+    run_to(tmp_path, run, 0, 4)
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+    assert capsys.readouterr().out.count("until a resume TensorBoard shows no more of this run") == 1

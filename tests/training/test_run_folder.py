@@ -1,9 +1,11 @@
 import dataclasses
+import errno
 import json
 import math
 import os
 import re
 import resource
+import shutil
 import signal
 import types
 from pathlib import Path
@@ -17,7 +19,7 @@ from training.checkpoint import Progress
 from training.plan import Plan
 from training.run_folder import RunFolder
 from training.signals import StopSignals
-from utils.errors import UsageError
+from utils.errors import UsageError, WriteError
 
 TRAIN_SET = types.SimpleNamespace(image_path=str)
 
@@ -130,7 +132,8 @@ def test_a_full_disk_is_reported_and_leaves_the_old_checkpoint(folder, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(UsageError, match=r"last.pt: not written: No space left on device; free some disk space"):
+        line = r"last.pt: not written: No space left on device; free some disk space, then continue with --resume auto"
+        with pytest.raises(WriteError, match=line):
             save(folder, 6)
     assert read_step(folder / "last.pt") == 4
     assert not list(folder.glob("*.tmp"))
@@ -141,12 +144,34 @@ def test_a_full_disk_as_torch_reports_it(folder):
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     try:
-        with pytest.raises(UsageError, match=r"last.pt: not written: File too large"):
+        with pytest.raises(WriteError, match=r"last.pt: not written: File too large; raise the limit"):
             run_folder.save(folder, {"model": {"a": torch.zeros(10000)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert read_step(folder / "last.pt") == 4
+
+
+def test_a_disk_that_has_become_read_only(folder, monkeypatch):
+    """Where nothing can be removed either."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(WriteError, match=r"last.pt: not written: Read-only file system; mount the disk for writing"):
+        save(folder, 6)
+    assert read_step(folder / "last.pt") == 4
+
+
+def test_a_run_whose_folder_was_removed_makes_no_other(tmp_path, run):
+    folder, _ = opened(tmp_path / "run", run)
+    folder.save()
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(WriteError, match=r"run: not written: the folder was removed or its disk unmounted during"):
+        folder.save()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.99])
@@ -286,9 +311,10 @@ def test_weights_are_saved_alone_with_the_metadata(tmp_path, run):
 
 def test_weights_that_cannot_be_saved_are_reported(tmp_path, run):
     folder, parts = opened(tmp_path / "x", run)
-    (tmp_path / "x").touch()  # a file in place of the folder
-    with pytest.raises(UsageError, match=r"backbone.pt: not written: .*; free some disk space"):
+    (tmp_path / "x" / "backbone.pt").mkdir()
+    with pytest.raises(WriteError, match=r"backbone.pt: not written: Is a directory; move away .*, then continue with"):
         folder.save_weights(parts["model"])
+    assert [path.name for path in (tmp_path / "x").iterdir() if path.suffix == ".tmp"] == []
 
 
 @pytest.mark.parametrize("words", ["--check-data", "--preflight", "--eval-only --weights x.pt"])
@@ -357,7 +383,7 @@ def test_an_evaluation_that_cannot_be_written_is_printed(tmp_path, run, capsys):
     opened(tmp_path, run)[0].save()
     folder, _ = opened(tmp_path, run, "--resume --eval-only")
     (tmp_path / "evaluation").touch()  # a file in place of the folder
-    with pytest.raises(UsageError, match=r"evaluation: not written: .*; give another --model-dir"):
+    with pytest.raises(WriteError, match=r"evaluation.evaluation.json: not written: File exists; .* another folder"):
         folder.report({"AP": 0.5}, [])
     assert '"AP": 0.5' in capsys.readouterr().out
 

@@ -1,9 +1,11 @@
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from utils.errors import DataError, UsageError, UserError, WeightsError
+from utils.errors import DataError, UsageError, UserError, WeightsError, WriteError
 
 
 class Broken(Dataset):
@@ -30,4 +32,24 @@ def test_a_data_error_of_a_worker_keeps_its_line(workers):
 
 
 def test_all_errors_of_users_have_one_base_class():
-    assert all(issubclass(error, UserError) for error in (DataError, UsageError, WeightsError))
+    assert all(issubclass(error, UserError) for error in (DataError, UsageError, WeightsError, WriteError))
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some disk space"),
+        (errno.EDQUOT, "free some disk space"),
+        (errno.EROFS, "mount the disk for writing"),
+        (errno.EACCES, "change the permissions"),
+        (errno.ENOENT, "mount the disk or restore the folder"),
+        (errno.ENOTDIR, "move away the file or folder that is in the way"),
+        (errno.ENAMETOOLONG, "choose a shorter name"),
+        (errno.EIO, "check the disk"),
+    ],
+)
+def test_a_file_that_cannot_be_written_has_the_remedy_of_its_reason(number, remedy):
+    line = str(WriteError("a/b.pt", OSError(number, os.strerror(number)), "go on"))
+    assert line.startswith(f"a/b.pt: not written: {os.strerror(number)}; {remedy}") and line.endswith(", then go on")
+    assert ("disk space" in line) == (number in (errno.ENOSPC, errno.EDQUOT))
+    assert str(WriteError("a", OSError("3 requested and 2 written"))).startswith("a: not written: 3 requested and 2 ")

@@ -1,9 +1,12 @@
 import csv
+import errno
 import os
+from pathlib import Path
 
 import pytest
 
 from utils import files
+from utils.errors import WriteError
 
 
 class KilledError(Exception):
@@ -20,6 +23,23 @@ def test_files_keep_the_old_contents_when_writing_fails(tmp_path):
     with pytest.raises(KilledError):
         files.write(tmp_path / "a", fail)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_cannot_be_written_is_one_error_that_names_the_file(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"file.a: not written: (Not a directory|File exists); move away") as raised:
+        files.write_text(tmp_path / "file" / "a", "text")
+    assert isinstance(raised.value, OSError)
+    with pytest.raises(WriteError, match=r"^b/c: not written"), files.writing("b"):  # the file, not its folder
+        raise WriteError("b/c", OSError(errno.ENOSPC, "full"))
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("open", "replace", "unlink"):  # of such a disk nothing can be removed either
+        monkeypatch.setattr("builtins.open" if name == "open" else f"os.{name}", refuse)
+    with pytest.raises(WriteError, match=r"^b: not written: Read-only file system; mount the disk for writing"):
+        files.write_text(Path("b"), "text")
 
 
 def test_contents_are_on_disk_before_the_file_has_its_name(tmp_path, monkeypatch):

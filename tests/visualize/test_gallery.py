@@ -1,7 +1,6 @@
 """The output folder of predict.py."""
 
 import errno
-import os
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import av
 import pytest
 import torch
 
-from utils.errors import DataError, UsageError
+from utils.errors import DataError, UsageError, WriteError
 from visualize import gallery
 from visualize.gallery import Gallery
 
@@ -66,12 +65,27 @@ def test_a_record_that_names_files_elsewhere_deletes_nothing_there(tmp_path):
 
 def test_a_full_disk(tmp_path, monkeypatch):
     def full(path, contents):
+        path.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(WriteError, match=r"a\.jpg: not written: No space left on device; free some"):
+        Gallery(tmp_path).add(IMAGE, "a")
+    assert not names(tmp_path)
+
+
+def test_an_error_leaves_no_unfinished_video(tmp_path):
     output = Gallery(tmp_path)
-    with pytest.raises(UsageError, match=r"--out .*: No space left on device; make room"), output.writing():
-        output.add(IMAGE, "a")
+
+    def fail():
+        with output:
+            for number in range(70):  # the encoder keeps the first ones
+                output.add(IMAGE, "clip", frame(number, number / 10), "clip.mp4")
+            assert names(tmp_path) == {"clip.mp4.tmp"}
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert not names(tmp_path)
 
 
@@ -113,10 +127,12 @@ def test_unreadable_files_are_reported_at_once_and_fail_at_the_end(tmp_path, cap
     assert not names(tmp_path)
 
 
-def test_an_output_folder_that_cannot_be_written(tmp_path, monkeypatch):
+def test_an_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"--out .*file: is a file; name a folder"):
         Gallery(tmp_path / "file")
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    with pytest.raises(UsageError, match=r"--out .*: no permission to write; name another folder"):
-        Gallery(tmp_path)
+    with pytest.raises(WriteError, match=r"--out .*file.out: not written: Not a directory; move away the file"):
+        Gallery(tmp_path / "file" / "out")
+    (tmp_path / "out" / gallery.OWN_FILES).mkdir(parents=True)
+    with pytest.raises(WriteError, match=r"--out .*out: not written: Is a directory; move away the file or folder"):
+        Gallery(tmp_path / "out")

@@ -1,5 +1,7 @@
 """Videos of annotated frames, read back."""
 
+import resource
+import signal
 from fractions import Fraction
 
 import av
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from utils.errors import WriteError
 from visualize.video import VideoWriter
 
 
@@ -20,6 +23,14 @@ def read(path):
             [frame.time for frame in frames],
             [frame.to_ndarray(format="rgb24") for frame in frames],
         )
+
+
+def make(path, frames=3):
+    """A writer with frames of noise."""
+    writer = VideoWriter(path, Fraction(10))
+    for number in range(frames):
+        writer.add(torch.randint(256, (3, 48, 64), dtype=torch.uint8), number / 10)
+    return writer
 
 
 def image(level, height=48, width=64):
@@ -63,7 +74,28 @@ def test_frames_of_another_size_are_resized(tmp_path):
 
 
 def test_a_video_that_cannot_be_written(tmp_path):
-    writer = VideoWriter(tmp_path / "none" / "a.mp4", Fraction(10))
-    writer.add(image(200), 0)
-    with pytest.raises(OSError, match="No such file"):
-        writer.close()  # the encoder keeps the first frames
+    with pytest.raises(WriteError, match=r"none.a\.mp4: not written: No such file or directory; mount the disk"):
+        make(tmp_path / "none" / "a.mp4").close()  # the encoder keeps the first frames
+
+
+def test_a_file_that_a_disk_takes_in_part_is_removed(tmp_path):
+    """Whether the disk is full before the end of the frames, or in `close`."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(WriteError, match=r"a\.mp4: not written: File too large"):
+            make(tmp_path / "a.mp4", frames=50).close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_has_its_name_when_it_is_whole(tmp_path):
+    (tmp_path / "a.mp4").write_text("old")
+    writer = make(tmp_path / "a.mp4")
+    assert (tmp_path / "a.mp4").read_text() == "old"
+    writer.close()
+    assert len(read(tmp_path / "a.mp4")[2]) == 3
+    make(tmp_path / "b.mp4").discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
