@@ -204,10 +204,11 @@ def test_ctrl_c_in_nuscenes_keeps_the_key_frames_that_are_done(drawn, centerfusi
         return detect_3d(*arguments, **options)
 
     monkeypatch.setattr(predict, "detect_3d", interrupted)
+    out, words = tmp_path / "out", ["--samples", 2, "--cache-dir", tmp_path]
     with pytest.raises(SystemExit, match="130"):
-        run(centerfusion, drawn("centerfusion"), "--out", tmp_path, "--samples", 2, "--cache-dir", tmp_path / "cache")
-    assert len(read(tmp_path / "submission.json")["results"]) == 1
-    assert len(list(tmp_path.glob("*.jpg"))) == 2  # one key frame and the sheet
+        run(centerfusion, drawn("centerfusion"), "--out", out, *words)
+    assert len(read(out / "submission.json")["results"]) == 1
+    assert len(list(out.glob("*.jpg"))) == 2  # one key frame and the sheet
 
 
 def test_ids_of_coco_annotations(ssd, drawn, tmp_path, capsys):
