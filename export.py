@@ -21,6 +21,11 @@ the exit code is 2.
 Needs requirements-export.txt; --state-dict does not.
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds
+    from utils import interrupts
+
+    interrupts.install()
+
 import importlib.util
 import io
 import json

@@ -25,6 +25,11 @@ video, with the predictions drawn on it, sheet.jpg with up to 36 of the images, 
   submission.json       of a CenterFusion on nuScenes: its submission format, boxes in the global frame
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds
+    from utils import interrupts
+
+    interrupts.install()
+
 import functools
 import itertools
 from pathlib import Path
@@ -207,8 +212,10 @@ def predict_nuscenes(net, names, args, run, threshold, labels):
     gallery, targets, detections = Gallery(args.out, args.overwrite), [], []
     path = gallery.claim("submission.json")
     progress = tqdm(total=sum(len(indices) for _, indices in key_frames), unit="image", disable=None)
-    with gallery, progress:
+    with StopSignals(run) as stop, gallery, progress:
         for name, indices in key_frames:
+            if stop.requested():
+                break
             samples, predicted = load_samples(dataset, indices, gallery.report), []
             for batch in batches(samples, args.batch_size):
                 with gallery.timed(len(batch)):
@@ -221,6 +228,8 @@ def predict_nuscenes(net, names, args, run, threshold, labels):
                 detections += predicted
         files.write_json(path, to_submission(targets, detections, use_radar))
     gallery.close(summary(sum(len(detection["labels"]) for detection in detections), threshold))
+    if stop.signal:
+        raise SystemExit(stop.exit_code)
     return path
 
 

@@ -10,6 +10,11 @@ The run folder gets last.pt, previous.pt and best.pt, metrics.jsonl, TensorBoard
 weights alone, from which the detectors start (--backbone-weights).
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds
+    from utils import interrupts
+
+    interrupts.install()
+
 import functools
 
 import torch

@@ -9,6 +9,11 @@ The flags are those of mrnabati/CenterFusion. The run folder gets last.pt, previ
 submission.json and TensorBoard files. Published, not reproduced by us: NDS 0.453, mAP 0.332 on val.
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds
+    from utils import interrupts
+
+    interrupts.install()
+
 import functools
 
 import torch
@@ -51,7 +56,7 @@ def parse_args(argv):
     height = "raise radar points by this height"
     arg("--pc-z-offset", type=cli.number(float, -10, 10), default=0.0, metavar="METERS", help=height)
     dims = "height, width and length of the pillar that a point becomes, in meters"
-    arg("--pillar-dims", type=cli.numbers, default="1.5,0.2,0.2", metavar="H,W,L", help=dims)
+    arg("--pillar-dims", type=centerfusion_options.pillar_dims, default="1.5,0.2,0.2", metavar="H,W,L", help=dims)
     arg("--max-pc-dist", type=cli.non_negative, default=60.0, metavar="METERS", help="drop radar points farther away")
     frustum = "depth range in which a box looks for radar points, as in the published code or in the paper (2/3 of it)"
     arg("--frustum", choices=("published", "paper"), default="published", help=frustum)
@@ -78,8 +83,6 @@ def parse_args(argv):
         raise UsageError(f"--monitor {args.monitor}: first do pip install -r requirements-nuscenes.txt")
     if any(side <= 0 or side % 32 for side in args.input_size):
         raise UsageError(f"--input-size {args.input_size}: height and width must be multiples of 32, as 448 800")
-    if len(args.pillar_dims) != 3 or not all(args.pillar_dims):
-        raise UsageError(f"--pillar-dims {args.pillar_dims}: must be three numbers above 0, as 1.5,0.2,0.2")
     return args
 
 
@@ -133,9 +136,7 @@ def main(argv=None):
     if args.check_data:
         run.close()
         return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
-    train_set, val_set = checks.apply(
-        train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
-    )
+    train_set, val_set = checks.apply(train_set, val_set, errors, *cli.fault_policies(args), run.print)
 
     # network
     limits = {"threshold": args.frustum, "max_distance": args.max_pc_dist}

@@ -10,6 +10,11 @@ metrics.jsonl, detections.json, detections_masks.json and TensorBoard files; fro
 images of the validation set. Published COCO box and mask AP of maskrcnn_resnet50, not reproduced by us: 37.9 and 34.6.
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds
+    from utils import interrupts
+
+    interrupts.install()
+
 import functools
 
 import torch
@@ -130,9 +135,7 @@ def main(argv=None):
     if args.check_data:
         run.close()
         return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
-    train_set, val_set = checks.apply(
-        train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
-    )
+    train_set, val_set = checks.apply(train_set, val_set, errors, *cli.fault_policies(args), run.print)
     if args.subset:
         train_set = train_set.subset(args.subset, args.seed)
     scoring = cli.score_options(args, val_set.image_path) | {"draw": pr_curves.draw, "masks": True}
@@ -140,8 +143,7 @@ def main(argv=None):
     run.print(ground_truth_score(new_evaluator(), val_set))
 
     # network
-    arguments = {"proposals": args.proposals} if args.proposals else {}
-    net = models.build(args.arch, len(train_set.classes), **arguments)
+    net = models.build(args.arch, len(train_set.classes), **{"proposals": args.proposals} if args.proposals else {})
     net.limit_detections(**cli.detection_limits(args))
     net.classes, size = train_set.classes, (max(args.min_side), args.max_side)
     start = {**cli.start_options(args), "download": run.is_main, "print": run.print}
@@ -163,9 +165,8 @@ def main(argv=None):
     wrapped = run.wrap(net, args.sync_bn, args.compile)  # before Ema: all processes then have the same weights
     ema = Ema(net, args.ema)
     plan = Plan(args, len(train_set), run.print)
-    progress = run_folder.restore(
-        net, optimizer, ema, plan, models.describe(net, min_side=args.min_side[-1], max_side=args.max_side)
-    )
+    sides = {"min_side": args.min_side[-1], "max_side": args.max_side}
+    progress = run_folder.restore(net, optimizer, ema, plan, models.describe(net, **sides))
     run.print(f"{models.summary(net)}, {size[0]} to {size[1]} pixels, {distributed.describe(run)}")
 
     # loaders

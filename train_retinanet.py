@@ -11,6 +11,11 @@ previous.pt and best.pt, metrics.jsonl, detections.json and TensorBoard files. P
 reproduced by us: 36.4 (torchvision, 26 epochs), 33.5 (yhenon).
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds
+    from utils import interrupts
+
+    interrupts.install()
+
 import functools
 
 import torch
@@ -116,9 +121,7 @@ def main(argv=None):
     if args.check_data:
         run.close()
         return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
-    train_set, val_set = checks.apply(
-        train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
-    )
+    train_set, val_set = checks.apply(train_set, val_set, errors, *cli.fault_policies(args), run.print)
     scoring = cli.score_options(args, val_set.image_path) | {"draw": pr_curves.draw}
     new_evaluator = functools.partial(DetectionEvaluator, val_set.classes, val_set.coco_truth(), **scoring)
     run.print(ground_truth_score(new_evaluator(), val_set))

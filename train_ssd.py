@@ -11,6 +11,11 @@ labels.txt and TensorBoard files. Published mAP on VOC07 test, not reproduced by
 vgg16-ssd 77.26 (qfgaohao).
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds
+    from utils import interrupts
+
+    interrupts.install()
+
 import functools
 
 import torch
@@ -44,12 +49,8 @@ def parse_args(argv):
     arg("--zoom-out", type=cli.probability, default=0.5, help="augmentation: probability of zooming out")
     zoom = "augmentation: maximum side of the zoomed-out image, as a multiple of the original"
     arg("--max-zoom-out", "--largest-canvas", type=cli.number(float, 1), default=4.0, help=zoom)
-    arg(
-        "--iou-crop",
-        type=cli.probability,
-        default=1.0,
-        help="augmentation: probability of a random crop that keeps objects",
-    )
+    crop = "augmentation: probability of a random crop that keeps objects"
+    arg("--iou-crop", type=cli.probability, default=1.0, help=crop)
     jitter = "augmentation: probability of each color change"
     arg("--color-jitter", "--colour", type=cli.probability, default=0.5, help=jitter)
 
@@ -130,9 +131,7 @@ def main(argv=None):
     if args.check_data:
         run.close()
         return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
-    train_set, val_set = checks.apply(
-        train_set, val_set, errors, args.bad_boxes, args.bad_images, args.workers, run.print
-    )
+    train_set, val_set = checks.apply(train_set, val_set, errors, *cli.fault_policies(args), run.print)
     scoring = cli.score_options(args, val_set.image_path) | {"draw": pr_curves.draw}
     new_evaluator = functools.partial(VOCEvaluator, val_set.classes, **scoring)
     run.print(ground_truth_score(new_evaluator(), val_set))

@@ -6,9 +6,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from data.loader import Loader
 from utils import files
 from utils.errors import DataError
 
@@ -117,7 +118,7 @@ class _ReadCheck(Dataset):
 
 def unreadable(dataset: Any, workers: int, progress: bool = True) -> dict[int, list[DataError]]:
     """The errors of the images that cannot be read, by index. Reads every file: minutes for a large data set."""
-    loader = DataLoader(_ReadCheck(dataset), batch_size=None, num_workers=workers)
+    loader = Loader(_ReadCheck(dataset), workers, None, batch_size=None)
     bar = tqdm(loader, desc="checking images", unit="image", disable=None if progress else True)
     return {index: [DataError(*error) for error in errors] for index, errors in bar if errors}
 

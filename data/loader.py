@@ -1,8 +1,12 @@
 """From a data set to batches: which images a step sees, and how they become one tensor."""
 
 import gc
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -10,8 +14,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from ops.matching import pad_boxes
+from utils import interrupts
+from utils.errors import DataError
 
 Pack = Callable[[Sequence[dict]], Mapping[str, torch.Tensor]]
+SHM_REMEDY = "use fewer --workers (0 needs none), a smaller --batch-size, or a larger /dev/shm (docker run --shm-size)"
+QUEUES_BYTES = 64 * 1024  # per worker, that the queues to it take in /dev/shm at most
 WINDOW = 64  # batches that are sorted by aspect ratio together: a larger window needs less padding but is less random
 
 
@@ -193,16 +201,64 @@ def collate_labels(samples: Sequence[tuple]) -> tuple[torch.Tensor, torch.Tensor
     return torch.stack(images), torch.tensor(labels, dtype=torch.int64), list(image_ids)
 
 
+class Loader(DataLoader):
+    """torch's DataLoader, the workers of which leave Ctrl-C and SIGTERM to their parent and end with it.
+
+    A batch that does not fit into /dev/shm raises DataError: torch would print the error and wait for the batch for
+    ever, because it moves a batch there in a thread.
+    """
+
+    def __init__(self, dataset: Dataset, workers: int, collate: Callable | None, **options: Any):
+        collate_fn = SharedCollate(collate) if collate and workers else collate
+        super().__init__(dataset, num_workers=workers, collate_fn=collate_fn, worker_init_fn=init_worker, **options)
+        if workers:
+            Finalize(None, interrupts.end_children, exitpriority=100)  # at the exit, before multiprocessing waits
+
+    def __iter__(self):
+        if self.num_workers and os.path.isdir("/dev/shm"):
+            free = shutil.disk_usage("/dev/shm").free
+            if free < QUEUES_BYTES * self.num_workers:
+                raise DataError("/dev/shm", "", f"{free} bytes free, too few to start a worker; {SHM_REMEDY}")
+        with interrupts.blocked():
+            return super().__iter__()
+
+
+@dataclass(frozen=True)
+class SharedCollate:
+    """`collate` in a worker, which then moves the tensors of the batch into shared memory. Raises DataError."""
+
+    collate: Callable
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        batch = self.collate(samples)
+        targets = [part.tensors.values() for part in batch if isinstance(part, Targets)]
+        tensors = [part for part in chain(batch, *targets) if isinstance(part, torch.Tensor)]
+        try:
+            for tensor in tensors:
+                tensor.share_memory_()
+        except RuntimeError as error:  # "unable to allocate ... </torch_...>: No space left on device (28)"
+            size = sum(tensor.nbytes for tensor in tensors) / 2**20
+            reason = f"no room for a batch of {size:.1f} MB: {str(error).rpartition(': ')[2]}; {SHM_REMEDY}"
+            raise DataError("/dev/shm", "", reason) from error
+        return batch
+
+
+def init_worker(worker: int) -> None:
+    """In a worker: leave signals to the parent, and exclude the objects that a forked worker shares with it from
+    garbage collection, which writes to every object and thereby copies its memory page: 80 MB per worker for Python's
+    and torch's own objects."""
+    interrupts.follow_parent()
+    gc.freeze()
+
+
 def train_loader(
     dataset: Dataset, sampler: StepSampler, process: Process = Process(), collate: Callable = collate
-) -> DataLoader:
+) -> Loader:
     """Batches for the steps of `sampler`, in order, whatever the number of workers."""
     return _loader(dataset, process, collate, batch_sampler=sampler)
 
 
-def eval_loader(
-    dataset: Dataset, batch_size: int, process: Process = Process(), collate: Callable = collate
-) -> DataLoader:
+def eval_loader(dataset: Dataset, batch_size: int, process: Process = Process(), collate: Callable = collate) -> Loader:
     """This process's share of the images, each once. batch_size: over all processes. Its workers stay alive.
 
     With a PadCollate, the images of a batch have one padded shape, the one that each has alone: so their detections and
@@ -219,14 +275,7 @@ def eval_loader(
 
 
 def _loader(dataset, process, collate, **options):
-    workers = {"num_workers": process.workers, "worker_init_fn": init_worker}
-    return DataLoader(dataset, collate_fn=collate, pin_memory=process.pin_memory, **workers, **options)
-
-
-def init_worker(worker: int) -> None:
-    """In a forked worker, exclude the objects that it shares with its parent from garbage collection, which writes to
-    every object and thereby copies its memory page: 80 MB per worker for Python's and torch's own objects."""
-    gc.freeze()
+    return Loader(dataset, process.workers, collate, pin_memory=process.pin_memory, **options)
 
 
 def one_batch_each(

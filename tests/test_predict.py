@@ -196,6 +196,21 @@ def test_ctrl_c_in_a_folder_keeps_what_is_done(ssd, images, tmp_path, monkeypatc
     assert len(read(tmp_path / "images.json")["images"]) == 2 and read(tmp_path / "detections.json") is not None
 
 
+def test_ctrl_c_in_nuscenes_keeps_the_key_frames_that_are_done(drawn, centerfusion, tmp_path, monkeypatch):
+    detect_3d = predict.detect_3d
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return detect_3d(*arguments, **options)
+
+    monkeypatch.setattr(predict, "detect_3d", interrupted)
+    out, words = tmp_path / "out", ["--samples", 2, "--cache-dir", tmp_path]
+    with pytest.raises(SystemExit, match="130"):
+        run(centerfusion, drawn("centerfusion"), "--out", out, *words)
+    assert len(read(out / "submission.json")["results"]) == 1
+    assert len(list(out.glob("*.jpg"))) == 2  # one key frame and the sheet
+
+
 def test_ids_of_coco_annotations(ssd, drawn, tmp_path, capsys):
     """Ids of images and categories are the file's, so that pycocotools scores the detections against it."""
     data = drawn("retinanet")

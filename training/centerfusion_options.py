@@ -94,6 +94,14 @@ def architecture(text: str) -> str:
     return cli.prefixed("centerfusion_")({"dla_34": "dla34"}.get(text, text))
 
 
+def pillar_dims(text: str) -> list[float]:
+    """A `type=` for --pillar-dims: three numbers above 0."""
+    dims = cli.numbers(text)
+    if len(dims) != 3 or not all(dims):
+        raise argparse.ArgumentTypeError(f"{text}: must be three numbers above 0, as 1.5,0.2,0.2")
+    return dims
+
+
 def add_arguments(parser: cli.ArgumentParser) -> None:
     """Declare the options; the script's own flags are declared already."""
     arg, hidden = parser.add_argument, {"default": None, "help": argparse.SUPPRESS}  # they have the defaults of ours

@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from training import saved_flags
+from training import memory, saved_flags
 from utils.errors import UsageError, UserError
 
 
@@ -164,14 +164,21 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call `main()`; a UserError becomes `error: ...` on stderr and exit code 2."""
+    """Call `main()`; a UserError, or a data loading worker that was killed, becomes `error: ...` on stderr and exit
+    code 2."""
     try:
         main()
     except UserError as error:
         if error.is_printed:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except RuntimeError as error:
+        killed = memory.killed_worker(error)
+        if not killed:
+            raise
+        print(f"error: {killed}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # in a program without utils.interrupts
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
@@ -378,6 +385,11 @@ def add_data_arguments(parser: ArgumentParser) -> None:
     arg("--balance-data", action="store_true", help="show images of rare classes more often")
     weights = "weights of classes in the classification loss; the others have 1"
     arg("--class-weights", default="", metavar="NAME=W,...", help=weights)
+
+
+def fault_policies(args: argparse.Namespace) -> tuple[str, str, int]:
+    """bad_boxes, bad_images and workers of data.checks.apply."""
+    return args.bad_boxes, args.bad_images, args.workers
 
 
 def add_detection_arguments(parser: ArgumentParser, masks: bool = False) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,13 @@ from utils.errors import UsageError
 MB, GIB = 2**20, 2**30
 WORKER_BYTES = 256 * MB  # of a data loading process besides its batches: interpreter, torch, decoder
 PREFETCH = 2  # batches that torch's DataLoader keeps ready per worker
+# How torch's DataLoader names the signal that killed a worker -> what to change
+KILLED_WORKER = {
+    "Killed": "probably by the system because memory is full; use fewer --workers or a smaller --batch-size",
+    "Bus error": "/dev/shm or memory is full; use fewer --workers (0 needs no /dev/shm), a smaller --batch-size, or a "
+    "larger /dev/shm (docker run --shm-size)",
+    "Segmentation fault": "probably in a library that reads images; --check-data --workers 0 ends at the file",
+}
 
 
 def peak_gpu() -> int:
@@ -84,6 +92,17 @@ def loader_warnings(
             f"{total * of_worker / GIB:.1f} GiB: use --workers {fit} or a smaller --batch-size"
         )
     return warnings
+
+
+def killed_worker(error: RuntimeError) -> str:
+    """If the error is that a worker of torch's DataLoader was killed: by which signal, and what to change; else ""."""
+    text = f"{error} {error.__cause__}"  # the cause names the signal, if the error does not
+    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly)", text)
+    if not found:
+        return ""
+    name = re.search(r"is killed by signal: ([^.]+)\.", text)
+    remedy = KILLED_WORKER.get(name and name[1], "see the messages above; --workers 0 uses none")
+    return f"a data loading worker, process {found[1]}, was ended{f' by {name[1]!r}' if name else ''}: {remedy}"
 
 
 def free_ram() -> int | None:

@@ -3,19 +3,24 @@
 import os
 import signal
 import threading
+import time
 
 from training.distributed import Run
+from utils import interrupts
+
+SAME_SECONDS = 0.5  # signals closer than this are one: torchrun and `timeout` pass Ctrl-C and SIGTERM on twice
 
 
 class StopSignals:
-    """SIGTERM and SIGINT ask the loop to stop; a second one raises KeyboardInterrupt.
+    """SIGTERM and SIGINT ask the loop to stop; a second one ends the process at once, see utils.interrupts.quit.
 
     with StopSignals(run) as stop: ... `if stop.requested(): save and break`, then `raise SystemExit(stop.exit_code)`.
     """
 
     def __init__(self, run: Run):
         self.run = run
-        self.signal = 0  # number of the first signal received; 0 for none
+        self.signal = 0  # number of the first signal that any process received; 0 for none
+        self._received = None  # when this process received its first
         self._handlers = {}  # those before ours
         self._process = os.getpid()
 
@@ -34,7 +39,7 @@ class StopSignals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python sets handlers only there
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in interrupts.STOP:
                 self._handlers[number] = signal.signal(number, self._handle)
         return self
 
@@ -45,10 +50,12 @@ class StopSignals:
 
     def _handle(self, number, frame):
         if os.getpid() != self._process:
-            return  # a forked worker: Ctrl-C reaches it too, but its batches are still needed
-        name = signal.Signals(number).name
-        if self.signal:
-            raise KeyboardInterrupt(f"second signal, {name}")
-        self.signal = int(number)
-        # os.write, because print is not safe inside a handler that may have interrupted a print
-        os.write(2, f"\n{name}: finishing the step, then saving; send it again to quit at once\n".encode())
+            return  # a child that has just been forked
+        now = time.monotonic()
+        if self._received is None:
+            self.signal, self._received = self.signal or int(number), now
+            # os.write, because print is not safe inside a handler that may have interrupted a print
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: finishing the step, then saving; send it again to quit at once\n".encode())
+        elif now - self._received > SAME_SECONDS:
+            interrupts.quit(number)

@@ -2,8 +2,11 @@
 
 import gc
 import hashlib
+import os
 import pickle
+import re
 import shutil
+import types
 from collections import Counter
 
 import numpy as np
@@ -16,8 +19,9 @@ from torchvision import tv_tensors
 from data import DataError, loader, transforms
 from data.detection import voc
 from data.detection.dataset import BoxDataset
-from data.loader import PadCollate, Process, StepSampler, Targets, collate, collate_labels
+from data.loader import Loader, PadCollate, Process, SharedCollate, StepSampler, Targets, collate, collate_labels
 from ops.matching import pad_boxes
+from utils import interrupts
 
 
 def batches(*args, **options):
@@ -221,6 +225,49 @@ def test_workers_do_not_collect_the_objects_of_their_parent():
     eval_loader = loader.eval_loader(FrozenObjects(), 2, process, collate=list)
     assert all(count > 10_000 for batch in eval_loader for count in batch)
     assert gc.get_freeze_count() < 10_000
+
+
+class Signalled(torch.utils.data.Dataset):
+    """Items during the reading of which SIGINT and SIGTERM arrive."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        for number in interrupts.STOP:
+            os.kill(os.getpid(), number)
+        return torch.full((2,), index)
+
+
+def test_workers_leave_signals_to_their_parent():
+    """Ctrl-C, `timeout` and Slurm reach them too, while the parent finishes its step."""
+    batches = list(Loader(Signalled(), 1, torch.stack, batch_size=1))
+    torch.testing.assert_close(batches, [torch.full((1, 2), 0), torch.full((1, 2), 1)])
+
+
+def test_a_full_dev_shm_is_an_error_and_no_hang(dataset, monkeypatch):
+    """torch's DataLoader would wait for the batch for ever."""
+
+    def share(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)
+    train_loader = loader.train_loader(dataset, StepSampler(20, 5, 1, seed=0), Process(workers=1))
+    line = r"^/dev/shm: no room for a batch of 0\.0 MB: No space left on device \(28\); use fewer --workers \(0 "
+    assert re.match(line, str(data_error(lambda: list(train_loader))))
+    assert len(list(loader.train_loader(dataset, StepSampler(20, 5, 1, seed=0)))) == 1  # no workers, no shared memory
+
+
+def test_batches_are_in_shared_memory_before_they_are_sent(dataset):
+    images, targets = SharedCollate(collate)([dataset[0, 0]])
+    assert images.is_shared() and all(tensor.is_shared() for tensor in targets.tensors.values())
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="Linux")
+def test_a_dev_shm_without_room_for_the_queues_to_the_workers(dataset, monkeypatch):
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=4096))
+    error = data_error(lambda: list(Loader(dataset, 1, collate)))
+    assert str(error).startswith("/dev/shm: 4096 bytes free, too few to start a worker; use fewer --workers (0 ")
 
 
 @pytest.mark.slow

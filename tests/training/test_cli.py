@@ -1,7 +1,11 @@
 import argparse
+import os
+import re
+import signal
 
 import pytest
 
+from data.loader import Loader
 from tests.training import small_run
 from training import cli
 from utils.errors import DataError, UsageError
@@ -206,13 +210,37 @@ def test_an_error_that_another_process_prints_is_not_printed_again(capsys):
 
 
 def test_other_errors_keep_their_traceback_and_an_interrupt_has_exit_code_130():
+    def fail():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
     def interrupted():
         raise KeyboardInterrupt
 
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="mat1"):
+        cli.run(fail)
     with pytest.raises(SystemExit, match="130"):
         cli.run(interrupted)
+
+
+class Killed:
+    """A data set whose items kill the process that reads them."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: list(Loader(Killed(), 1, list)))
+    line = (
+        r"error: a data loading worker, process \d+, was ended by 'Killed': .*memory is full; use fewer --workers .*\n"
+    )
+    assert re.fullmatch(line, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
