@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from training import saved_flags
+from training import connection, saved_flags
 from utils.errors import UsageError, UserError
 
 
@@ -166,11 +166,12 @@ class ArgumentParser(argparse.ArgumentParser):
 def run(main: Callable[[], object]) -> None:
     """Call `main()`; a UserError becomes `error: ...` on stderr and exit code 2."""
     try:
-        main()
+        with connection.explain_loss():
+            main()
     except UserError as error:
         if error.is_printed:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        connection.end(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
