@@ -1,4 +1,5 @@
-"""Two machines: two torchrun agents with working directories of their own, which meet on one port."""
+"""Several processes: a resume of two is exact; two machines, two torchrun agents with working directories of their own,
+meet on one port."""
 
 import os
 import re
@@ -7,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from tests.script_helpers import ROOT, Script, last, log_lines
+from tests import two_processes
+from tests.script_helpers import ROOT, Script, fingerprint, last, log_lines
 
 # The script, whose process 1 is killed in step 3 of the first start.
 KILLED_ONCE = f"""
@@ -55,6 +58,22 @@ def working_directories(tmp_path):
 @pytest.fixture
 def script(drawn):
     return Script("backbone", drawn("backbone"))
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(script, tmp_path):
+    """A signal to process 1 stops both after the same step."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    more = ["--max-steps", 14, "--ema", 0.9, "--scheduler", "plateau", "--resume", "auto"]
+    job = {"name": script.name, "out": tmp_path, "differ": False}
+    jobs = [{**job, "words": script.words(whole, *more)}]
+    jobs += [{**job, "words": script.words(stopped, *more), "stop": stop} for stop in (9, 0)]
+    two_processes.run(jobs)
+    assert last(stopped)["step"] == last(whole)["step"] == 14
+    assert [line["step"] for line in log_lines(stopped) if "val/loss" in line] == [7, 13, 14]
+    assert fingerprint(stopped) == fingerprint(whole)
+    for part in ("ema", "plateau"):
+        torch.testing.assert_close(last(stopped)[part], last(whole)[part], rtol=0, atol=0)
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """The training scripts in two processes on the CPU (gloo), each from weights, buffers and seeds of its own."""
 
+import contextlib
 import importlib
 import os
 import random
+import signal
 import socket
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ def run(jobs):
     words   its command line
     out     folder that gets rank_0.pt and rank_1.pt: parameters and buffers of each process at the end
     differ  False: process 1 starts like process 0, as far as the script itself sees to that
+    stop    step in which process 1 gets SIGTERM
     """
     for job in jobs:
         with socket.socket() as free:
@@ -44,9 +48,24 @@ def _run_all(rank, jobs):
             return networks[-1]
 
         models.build = build_own
-        importlib.import_module(f"train_{job['name']}").main(job["words"])
+        script, stop = importlib.import_module(f"train_{job['name']}"), job.get("stop", 0)
+        step = mock.patch.object(script.optim, "step", _stop_in(script.optim.step, stop * rank))
+        with step, contextlib.suppress(SystemExit):  # with code 143, after SIGTERM
+            script.main(job["words"])
         state = {name: dict(getattr(networks[-1], f"named_{name}")()) for name in ("parameters", "buffers")}
         torch.save(state, job["out"] / f"rank_{rank}.pt")
+
+
+def _stop_in(step, number):
+    """The function `step`, and in its call `number` SIGTERM to this process."""
+    calls = []
+
+    def stopping(*args):
+        calls.append(step(*args))
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+
+    return stopping
 
 
 def _change(net, seed):

@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from training import memory, saved_flags
+from training import connection, memory, saved_flags
 from utils.errors import UsageError, UserError
 
 
@@ -167,17 +167,18 @@ def run(main: Callable[[], object]) -> None:
     """Call `main()`; a UserError, or a data loading worker that was killed, becomes `error: ...` on stderr and exit
     code 2."""
     try:
-        main()
+        with connection.explain_loss():
+            main()
     except UserError as error:
         if error.is_printed:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        connection.end(2)
     except RuntimeError as error:
         killed = memory.killed_worker(error)
         if not killed:
             raise
         print(f"error: {killed}", file=sys.stderr)
-        sys.exit(2)
+        connection.end(2)
     except KeyboardInterrupt:  # in a program without utils.interrupts
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,5 @@
-"""Devices and processes: with training/memory.py, the one place that knows CUDA, DataParallel and torch.distributed.
+"""Devices and processes: with memory.py and connection.py, the one place that knows CUDA, DataParallel and
+torch.distributed.
 
 One process uses the CPU, one GPU, or several by `--gpus 0,1` (DataParallel). Under torchrun each process has its own
 GPU (NCCL), or all share the CPUs (gloo). With one process every collective below is the identity, so a training loop
@@ -16,7 +17,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from training.connection import connect
 from utils.errors import UsageError, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,8 +36,6 @@ NOT_DETERMINISTIC = {
     "centerfusion_dla34": "the gradient of deformable convolutions on a GPU is added in any order",
 }
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
-STEP_TIMEOUT = timedelta(minutes=30)  # for the other processes to join a collective of the training step
-WAIT_TIMEOUT = timedelta(hours=24)  # the same for `Run.gather`: one process may read or score a whole data set before
 
 Part = TypeVar("Part")
 
@@ -52,7 +51,7 @@ class Run:
     precision: torch.dtype  # of the forward pass under autocast: float32, bfloat16 or float16
     scaler: torch.amp.GradScaler  # disabled except for float16
     seed: int
-    waiting: dist.ProcessGroup | None = None  # gloo with WAIT_TIMEOUT; None with one process
+    waiting: dist.ProcessGroup | None = None  # gloo with connection.WAIT_TIMEOUT; None with one process
     inexact: str = ""  # why a resumed run may differ from an uninterrupted one in the last bits; "": it does not
 
     @property
@@ -137,7 +136,7 @@ class Run:
         return int(tensor)
 
     def gather(self, value: Any) -> list:
-        """The `value` (any picklable object) of every process, in rank order; waits up to WAIT_TIMEOUT."""
+        """The `value` (any picklable object) of every process, in rank order; waits up to connection.WAIT_TIMEOUT."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self.waiting)
@@ -244,29 +243,14 @@ def init_device(device: str = "auto", gpus: str = "", precision: str = "auto", s
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once by cuBLAS; its deterministic setting
         torch.cuda.set_device(chosen)
     dtype = _choose_precision(precision, chosen)
-    if world_size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        _check_restarts(rank)
-        dist.init_process_group(backend, timeout=STEP_TIMEOUT)
-    waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT) if world_size > 1 else None
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    waiting = connect(backend, rank, world_size) if world_size > 1 else None
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     set_deterministic(True)
     scaler = torch.amp.GradScaler(chosen.type, enabled=dtype == torch.float16)
     return Run(chosen, rank, world_size, numbers, dtype, scaler, seed, waiting)
-
-
-def _check_restarts(rank):
-    """Warn if torchrun will restart processes and keeps their store: they would read the addresses of dead ones there
-    (https://github.com/pytorch/pytorch/issues/135712)."""
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if rank == 0 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        warnings.warn(
-            f"torchrun --max-restarts {restarts} may fail to restart; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
-            "environment and use --standalone or --rdzv-backend c10d",
-            stacklevel=3,
-        )
 
 
 def set_deterministic(on: bool, fixed_size: bool = False) -> None:

@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-import warnings
 from dataclasses import replace
 from datetime import timedelta
 from unittest import mock
@@ -21,7 +20,7 @@ from torch import nn
 
 from evaluation.nuscenes import NuScenesEvaluator, Score
 from tests.training import small_run
-from training import distributed, run_folder
+from training import connection, distributed, run_folder
 from training.distributed import init_device
 from training.logger import Logger
 from training.meter import NonFiniteLoss
@@ -295,18 +294,6 @@ def test_gpus_and_torchrun_exclude_each_other(monkeypatch):
         init_device(gpus="0,1")
 
 
-@pytest.mark.parametrize(("restarts", "shared", "count"), [(3, True, 1), (0, True, 0), (3, False, 0)])
-def test_a_warning_if_torchrun_would_restart_with_the_old_store(monkeypatch, recwarn, restarts, shared, count):
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(restarts))
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(shared))
-    warnings.simplefilter("always")
-    distributed._check_restarts(0)
-    distributed._check_restarts(1)
-    assert len(recwarn) == count
-    for warning in recwarn:
-        assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(warning.message)
-
-
 def test_sync_bn_needs_gpus():
     with pytest.raises(UsageError, match=r"--sync-bn needs GPUs .*--freeze-bn"):
         init_device("cpu").wrap(small_net(), sync_bn=True)
@@ -383,7 +370,7 @@ def in_one_of_two(rank, ports, folder):
     check_non_finite_loss(run, folder)
     run.close()
     os.environ["MASTER_PORT"] = ports[1]
-    distributed.STEP_TIMEOUT = timedelta(seconds=3)
+    connection.STEP_TIMEOUT = timedelta(seconds=3)
     run = init_device("cpu")
     check_waits(run)
     run.close()
