@@ -206,7 +206,7 @@ def _check_arguments(file, saved, own):
     for name in sorted((saved.keys() & own.keys()) - FREE_ARGUMENTS):
         if saved[name] != own[name]:
             raise UsageError(
-                f"{file}: its network has {name} {saved[name]}, this run's has {own[name]}; "
+                f"{file}: its network has {name} {str(saved[name])[:200]}, this run's has {own[name]}; "
                 f"give {FLAG_OF_ARGUMENT.get(name, '--' + name.replace('_', '-'))} as in that run"
             )
 

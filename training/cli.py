@@ -91,6 +91,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 continue  # of an earlier version
             if actions[name].choices and value not in (None, *actions[name].choices):
                 self.error(f"{file}: its --{name} is {value}, which this script does not have; use the run's script")
+            setting = [action for action in self._actions if action.dest == name]
+            if reason := saved_flags.misfit(value, getattr(args, name), setting):
+                self.error(f"{file}: its --{name} cannot be read: {reason}; use another copy")
             setattr(args, name, value)
         if file and "model_dir" not in given:
             args.model_dir = str(file.parent)

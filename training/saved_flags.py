@@ -1,7 +1,7 @@
 """The flags of the run whose checkpoint --eval-only evaluates; they are its defaults."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +43,32 @@ def choose(saved: Mapping[str, Any], given: set[str]) -> dict[str, Any]:
     skipped = NOT_TAKEN | given | (PARTS_OF_DATA if "data" in given else set())
     skipped |= {"version"} if given & SPLITS else set()
     return {name: value for name, value in saved.items() if name not in skipped}
+
+
+def misfit(value: Any, default: Any, actions: Sequence[argparse.Action]) -> str:
+    """Why `value`, from a file, cannot be that of the flag which these actions of argparse set; "" if it can.
+
+    default: a value that the flag has without being given
+    """
+    kinds = {_kind(known) for known in (default, *(action.const for action in actions)) if known is not None}
+    kinds |= {"bool" for action in actions if isinstance(action, argparse.BooleanOptionalAction)}
+    if value is not None and kinds and _kind(value) not in kinds:
+        return f"a {_kind(value)} instead of a {' or '.join(sorted(kinds))}"
+    if value is None or isinstance(value, bool):
+        return ""
+    action = actions[0]
+    items = value if action.nargs and isinstance(value, (list, tuple)) else [value]
+    for item in items if callable(action.type) else ():
+        word = ",".join(map(str, item)) if isinstance(item, (list, tuple)) else str(item)
+        try:
+            parsed = action.type(word)
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            return str(error)
+        if _kind(parsed) != _kind(item):
+            return f"a {_kind(item)} instead of a {_kind(parsed)}"
+    return ""
+
+
+def _kind(value):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return "number" if number else "list" if isinstance(value, (list, tuple)) else type(value).__name__

@@ -60,6 +60,10 @@ def _is_line(value):
     return short and not re.search("[\ud800-\udfff]", value)  # halves of characters, which cannot be printed
 
 
+def _is_argument(value):
+    return _is_plain(value) and (not isinstance(value, str) or _is_line(value))
+
+
 NONE = Kind("None", lambda value: value is None)
 TEXT = Kind("one line of text", _is_line)
 SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
@@ -86,7 +90,7 @@ FIELDS = {
     "image_size": either(SIDE, listed(SIDE, "two of them", 2)),
     "min_side": SIDE,
     "max_side": whole(1, 100_000),
-    "arguments": dictionary("a dict of arguments by name"),
+    "arguments": dictionary("a dict of arguments by name", _is_argument),
     "arguments.proposals": whole(1, 1_000_000),
     "arguments.radar": SWITCH,
     "arguments.max_distance": real(0, 10_000),

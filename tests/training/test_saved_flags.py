@@ -1,5 +1,6 @@
 """An evaluation takes the flags of the run that it evaluates, below those of its own command line."""
 
+import math
 import os
 
 import pytest
@@ -85,6 +86,37 @@ def test_a_run_of_another_script_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse("--resume", tmp_path, "--eval-only")
     assert f"{tmp_path / 'last.pt'}: its --arch is mb1-ssd, which this script does not have" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"lr": "fast"}, "its --lr cannot be read: a str instead of a number"),
+        ({"lr": -1.0}, "its --lr cannot be read: -1.0 is below 0"),
+        ({"lr": math.nan}, "its --lr cannot be read: nan is below 0"),
+        ({"batch_size": 1.5}, "its --batch_size cannot be read: '1.5' is not a whole number"),
+        ({"milestones": "soon"}, "its --milestones cannot be read: a str instead of a list"),
+        ({"milestones": ["soon"]}, "its --milestones cannot be read: 'soon' is not a list of numbers"),
+        ({"scale_lr": "no"}, "its --scale_lr cannot be read: a str instead of a bool"),
+        ({"norm_weight_decay": [1]}, "its --norm_weight_decay cannot be read: a list instead of a number"),
+        ({"data": 3}, "its --data cannot be read: a number instead of a list"),
+    ],
+)
+def test_flags_of_another_kind_in_a_checkpoint(tmp_path, capsys, flags, reason):
+    save(tmp_path / "last.pt", **flags)
+    with pytest.raises(SystemExit, match="2"):
+        parse("--resume", tmp_path, "--eval-only")
+    assert f"{tmp_path / 'last.pt'}: {reason}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", ["", "--freeze-bn", "--freeze-bn-stats", "--no-freeze-bn --lr 1e-5", "--lr-step 3,4.5"]
+)
+def test_the_flags_of_every_run_are_taken(tmp_path, words):
+    flags = vars(parse(*words.split()))
+    save(tmp_path / "last.pt", **{name: value for name, value in flags.items() if name != "eval_only"})
+    args = vars(parse("--resume", tmp_path, "--eval-only"))
+    assert {name for name in flags if args[name] != flags[name]} == {"resume", "eval_only", "model_dir"}
 
 
 def test_a_split_is_for_an_evaluation(tmp_path, capsys):
