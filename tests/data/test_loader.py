@@ -409,6 +409,8 @@ def test_the_largest_batch_has_the_highest_the_widest_and_the_most_objects():
 def test_the_largest_single_image_has_the_largest_area(max_side, largest):
     dataset = Shapes([1.0, 0.8, 3.0, 1.5], [0, 0, 0, 0])
     assert loader.largest_images(dataset, 1, 600, max_side) == [largest]
+    wide = Shapes([1.0, 0.5, 1.5], [0, 0, 0])
+    assert loader.largest_images(wide, 1, 600, 2000) == [1]  # 1200 x 600
 
 
 def test_one_batch_of_each_data_set():

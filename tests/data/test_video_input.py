@@ -62,6 +62,9 @@ def test_ids_are_the_numbers_in_the_names_if_all_differ(tmp_path):
     assert video_input.numbers_in_names([*files, tmp_path / "other" / "7.jpg"]) == {}
     assert video_input.numbers_in_names([*files, tmp_path / "dog.jpg"]) == {}
     assert video_input.numbers_in_names([*files, tmp_path / "12.mp4"]) == {}  # has many images
+    longest = tmp_path / f"{'9' * 15}.jpg"  # more digits are not exact in every program that reads JSON
+    assert video_input.numbers_in_names([longest]) == {longest: 10**15 - 1}
+    assert video_input.numbers_in_names([tmp_path / f"{'9' * 16}.jpg"]) == {}
 
 
 # ---- frames ----

@@ -11,6 +11,7 @@ def test_cosine_falls_from_one_to_zero_and_stays():
     assert schedule.cosine(50, 100) == pytest.approx(0.5)
     assert schedule.cosine(25, 100) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     assert schedule.cosine(100, 100) == schedule.cosine(150, 100) == pytest.approx(0)
+    assert schedule.cosine(0, 0.5) == 1.0 and schedule.cosine(1, 0.5) == pytest.approx(0)  # half an epoch of one step
     with pytest.raises(ValueError, match="at least one step"):
         schedule.cosine(0, 0)
 

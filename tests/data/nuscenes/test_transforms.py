@@ -299,6 +299,16 @@ def test_outside_the_image_it_is_black():
     assert black.sum() > 200 and ground.sum() > 200 and (black | ground).float().mean() > 0.97
 
 
+@pytest.mark.parametrize(
+    "region", [(2, 3, 5, 6), (-2, -3, 14, 20), (4, -3, 9, 8), (-1, 7, 5, 9), (20, 3, 5, 6), (3, -9, 4, 5)]
+)
+def test_a_region_has_its_pixels_and_black_around(region):
+    image, (top, left, height, width) = torch.randint(1, 256, (3, 9, 12), dtype=torch.uint8), region
+    wide = torch.nn.functional.pad(image, (30, 30, 30, 30))
+    expected = wide[:, 30 + top : 30 + top + height, 30 + left : 30 + left + width]
+    assert torch.equal(ShiftAndScale((height, width)).resample(image, region), expected)
+
+
 def test_distribution_of_shift_and_scale():
     transform, regions = ShiftAndScale((448, 800), shift=0.1, scale=0.1), []
     for seed in range(400):
