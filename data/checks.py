@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data.loader import Loader
 from utils import files
-from utils.errors import DataError
+from utils.errors import DataError, WriteError
 
 REPORT = "data_errors.json"
 MAX_LINES = 50  # on the console before training; --check-data prints all of them
@@ -82,13 +82,19 @@ def check_data(
     train: Any, val: Any, errors: Sequence[DataError], workers: int, folder: Path, print: Print = print
 ) -> dict:
     """--check-data: also read every image, write all errors to FOLDER/data_errors.json, and raise DataError for any.
+    If the file cannot be written they are printed all the same.
 
     Returns the metrics of such a run: none.
     """
     datasets = {"val": val} if train is val else {"train": train, "val": val}
     image_errors = [error for dataset in datasets.values() for error in chain(*unreadable(dataset, workers).values())]
     errors = unique([*errors, *image_errors])
-    write_report(Path(folder) / REPORT, errors, datasets)
+    try:
+        write_report(Path(folder) / REPORT, errors, datasets)
+    except WriteError:
+        for error in errors:  # found in minutes or hours
+            print(str(error))
+        raise
     apply_fault_policy(errors, "error", "error", print, max_lines=len(errors))
     training = "" if train is val else f"{len(train)} training and "
     print(f"no errors in {training}{len(val)} validation images")

@@ -156,21 +156,23 @@ class RunFolder:
 
     def save(self, copies: Sequence[str] = ()) -> None:
         """Save a checkpoint as last.pt, under the names `copies`, and after the best validation so far as best.pt."""
-        if self.writes and self.run.is_main:
-            self.lock.check()
-            if self.progress.best is not None and self.progress.best_step == self.progress.step:
-                copies = [BEST, *copies]
-            contents = {**self.parts, **self.metadata, "flags": vars(self.args), **vars(self.progress)}
-            contents["monitor"] = self.monitor
-            save(self.path, contents, copies, self.args.keep)
+        with self.run.raise_in_all():
+            if self.writes and self.run.is_main:
+                self.lock.check()
+                if self.progress.best is not None and self.progress.best_step == self.progress.step:
+                    copies = [BEST, *copies]
+                contents = {**self.parts, **self.metadata, "flags": vars(self.args), **vars(self.progress)}
+                contents["monitor"] = self.monitor
+                save(self.path, contents, copies, self.args.keep)
 
     def save_weights(self, net: nn.Module) -> None:
         """Write backbone.pt: the weights of `net`, metadata and flags, for other training runs to start from."""
-        if self.writes and self.run.is_main:
-            try:
-                checkpoint.write(self.path / WEIGHTS, {**self.metadata, "flags": vars(self.args), "model": net})
-            except OSError as error:
-                raise WriteError(self.path / WEIGHTS, error, CONTINUE) from error
+        with self.run.raise_in_all():
+            if self.writes and self.run.is_main:
+                try:
+                    checkpoint.write(self.path / WEIGHTS, {**self.metadata, "flags": vars(self.args), "model": net})
+                except OSError as error:
+                    raise WriteError(self.path / WEIGHTS, error, CONTINUE) from error
 
     def write_lines(self, name: str, lines: Sequence[str]) -> None:
         """Write a text file into the folder."""
@@ -237,7 +239,7 @@ def save(folder: Path, contents: Mapping[str, Any], copies: Sequence[str] = (), 
     copies   further names for it
     keep     how many numbered copies of each kind remain, the newest; 0: all
 
-    If the process is killed at any moment, the folder has a whole last.pt, old or new. UsageError if it cannot be
+    If the process is killed at any moment, the folder has a whole last.pt, old or new. WriteError if it cannot be
     written.
     """
     new, last = folder / "new.pt", folder / LAST

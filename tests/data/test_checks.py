@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from data import DataError, checks, detection
+from utils.errors import WriteError
 
 
 @pytest.fixture
@@ -67,6 +68,15 @@ def test_check_data_lists_every_error_and_writes_json(faulty, tmp_path):
     for entry, line in zip(report["errors"], lines, strict=True):
         assert line == ": ".join(entry[part] for part in ("path", "place", "reason") if entry[part])
         assert "\n" not in line
+
+
+def test_errors_that_cannot_be_written_are_printed(faulty, tmp_path):
+    root, files = faulty
+    (tmp_path / "run").touch()
+    lines = []
+    with pytest.raises(WriteError, match=r"run.data_errors\.json: not written: File exists; move away the file"):
+        checks.check_data(*detection.load("voc", [root]), 0, tmp_path / "run", lines.append)
+    assert [line.split(": ")[0] for line in lines] == list(map(str, files))
 
 
 def test_check_data_without_errors(drawn_voc, tmp_path):

@@ -545,4 +545,4 @@ def test_two_processes_compute_what_one_would(tmp_path):
     ports = free_port(), free_port()
     torch.multiprocessing.spawn(in_one_of_two, (ports, tmp_path), nprocs=2)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["0", "1", "cache", "log", "passed0", "passed1", "shared"]
+    assert left == ["0", "1", "cache", "full", "log", "passed0", "passed1", "shared"]
