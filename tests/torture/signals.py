@@ -313,7 +313,7 @@ def small_shm(later, draw, data, folder):
     program = Program(folder / "log", *command, "--epochs", 1000, *sizes, before=before)
     if later:
         program.wait_for_output("step 1/")
-        filler = f"/proc/{program.process.pid}/root/dev/shm/filler"
+        filler = Path("/proc", str(program.process.pid), "root", "dev/shm/filler")  # of the program's own mounts
         with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):  # full
             while True:
                 file.write(bytes(4096))
