@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,8 +35,20 @@ def prepare(folder):
     """A data set for each script, and the checkpoints that predict.py and export.py read."""
     for name, (draw, count) in DRAW.items():
         draw(folder / name, 150 if name == "ssd" else count)
+    enlarge(folder / "ssd", folder / "large")
     for name in ("ssd", "centerfusion"):
         Program(folder / f"{name}.log", *train(name, folder, folder / f"{name}_run", 0), "--max-steps", 1).must_end(0)
+
+
+def enlarge(voc, target, times=40):
+    """A copy of a VOC data set in which each image is there several times, so that a check takes a moment."""
+    shutil.copytree(voc, target)
+    for source in (*voc.glob("JPEGImages/*"), *voc.glob("Annotations/*")):
+        for copy in range(1, times):
+            shutil.copy(source, target / source.parent.name / f"{source.stem}_{copy}{source.suffix}")
+    for file in target.glob("ImageSets/Main/*.txt"):
+        names = file.read_text().split()
+        file.write_text("\n".join(names + [f"{name}_{copy}" for copy in range(1, times) for name in names]))
 
 
 def case(number, seed, folder):
@@ -46,7 +59,7 @@ def case(number, seed, folder):
             NAMES[number % 5], MOMENTS[number % 8], SENT[(number + number // 8) % 6], draw, data, folder
         )
     elif number < 27:
-        signals_in_check_data(NAMES[(2, 4, 1)[number - 24]], SENT[draw.randrange(6)], draw, data, folder)
+        signals_in_check_data(SENT[draw.randrange(6)], draw, data, folder)
     elif number < 30:
         signals_in_prediction(("ssd", "ssd", "centerfusion")[number - 27], SENT[draw.randrange(6)], draw, data, folder)
     elif number < 32:
@@ -63,7 +76,7 @@ def case(number, seed, folder):
 
 
 def train(name, data, out, workers):
-    """The command of a small run."""
+    """The command of a small run on the folder of its name in `data`."""
     flags = [*FLAGS[name].split(), *COMMON.split(), "--data", data / name, "--model-dir", out, "--log-level", "info"]
     return [f"train_{name}.py", *flags, "--workers", workers, "--log-every", 1]
 
@@ -110,7 +123,14 @@ class Program:
         self.wait(lambda: re.search(pattern, self.output()), pattern)
 
     def wait_for_workers(self):
-        self.wait(self.workers, "the start of a worker")
+        """Return when there is a worker, whose process id is then self.worker."""
+
+        def started():
+            children = [child for child, parent in self.session().items() if parent == self.process.pid]
+            self.worker = min(children, default=None)
+            return children
+
+        self.wait(started, "the start of a worker")
 
     def session(self):
         """{process id: its parent's} of the processes of this session that have not ended."""
@@ -123,9 +143,6 @@ class Program:
             if int(session) == self.process.pid and state != "Z":
                 parents[int(stat.parent.name)] = int(parent)
         return parents
-
-    def workers(self):
-        return sorted(child for child, parent in self.session().items() if parent == self.process.pid)
 
     def send(self, number, group):
         if not self.has_ended():
@@ -203,10 +220,19 @@ def must_resume(program, command, run, folder, finished=False):
     assert not left, f"left after the resume: {left}"
 
 
-def signals_in_check_data(name, sent, draw, data, folder):
-    program = Program(folder / "log", *train(name, data, folder / "run", draw.choice((0, 2))), "--check-data")
-    program.wait_for_handlers()
-    time.sleep(draw.uniform(0, 5))
+def check_data(data, folder, workers):
+    return Program(
+        folder / "log", *train("ssd", data, folder / "run", workers), "--data", data / "large", "--check-data"
+    )
+
+
+def signals_in_check_data(sent, draw, data, folder):
+    program = check_data(data, folder, 2)
+    if draw.random() < 0.5:
+        program.wait_for_workers()
+    else:
+        program.wait_for_handlers()
+    time.sleep(draw.uniform(0, 1))
     program.must_end_by(sent, draw.random() < 0.5, draw, also=(0,))
     report = folder / "run/data_errors.json"
     assert not report.exists() or json.loads(report.read_text())["errors"] == []
@@ -247,22 +273,24 @@ def signals_in_export(to_onnx, sent, draw, data, folder):
 
 def killed_worker(name, number, in_check, draw, data, folder):
     """By the system or by hand: one line with what to change, and exit code 2."""
-    run = folder / "run"
-    command = train("ssd" if in_check else name, data, run, 2)
-    program = Program(folder / "log", *command, *["--check-data"] if in_check else ["--epochs", 1000])
+    command = train(name, data, folder / "run", 2)
     if in_check:
-        program.wait_for_workers()
+        program = check_data(data, folder, 2)
     else:
+        program = Program(folder / "log", *command, "--epochs", 1000)
         program.wait_for_output("step 1/")
         time.sleep(draw.uniform(0, 1))
     program.wait_for_workers()
-    for worker in program.workers()[:1]:
-        os.kill(worker, number)
-    program.must_end(2)
-    errors = re.findall("^error: .*", program.output(), re.MULTILINE)
-    program.check(len(errors) == 1 and "worker" in errors[0] and "--workers" in errors[0], f"errors {errors}")
+    os.kill(program.worker, number)
+    must_end_with_one_line(program, "worker")
     if not in_check:
-        must_resume(program, command, run, folder)
+        must_resume(program, command, folder / "run", folder)
+
+
+def must_end_with_one_line(program, word):
+    program.must_end(2)
+    errors = re.findall(r"^\W*error: (.*)", program.output(), re.MULTILINE)  # torch's lines about signals end with \0
+    program.check(len(errors) == 1 and word in errors[0] and "--workers" in errors[0], f"errors {errors}")
 
 
 def killed_parent(name, draw, data, folder):
@@ -285,13 +313,11 @@ def small_shm(later, draw, data, folder):
     program = Program(folder / "log", *command, "--epochs", 1000, *sizes, before=before)
     if later:
         program.wait_for_output("step 1/")
-        filler = f"/proc/{program.process.pid}/root/dev/shm/filler"
+        filler = Path("/proc", str(program.process.pid), "root", "dev/shm/filler")  # of the program's own mounts
         with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):  # full
             while True:
                 file.write(bytes(4096))
-    program.must_end(2)
-    errors = re.findall("^error: .*", program.output(), re.MULTILINE)
-    program.check(len(errors) == 1 and "/dev/shm" in errors[0] and "--workers" in errors[0], f"errors {errors}")
+    must_end_with_one_line(program, "/dev/shm")
     resumed = Program(folder / "log2", *command, *sizes, "--workers", 0, "--resume", "auto", "--max-steps", 2)
     resumed.must_end(0)
 
