@@ -226,3 +226,9 @@ def test_level_warning_prints_nothing_and_writes_all(tmp_path, run, capsys):
         log.log(1, {"loss": 2.0})
     assert capsys.readouterr().out == ""
     assert lines(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_lines_nested_too_deeply_are_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + "[" * 200_000 + '\n{"step": 2}\n')
+    logger.drop_later(tmp_path / "metrics.jsonl", 5)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -31,3 +31,10 @@ def test_a_data_error_of_a_worker_keeps_its_line(workers):
 
 def test_all_errors_of_users_have_one_base_class():
     assert all(issubclass(error, UserError) for error in (DataError, UsageError, WeightsError))
+
+
+def test_what_a_file_contains_cannot_write_to_the_terminal():
+    error = DataError("a\x1b[2J.xml", "object\n3", "class \ud800 \u202e\x9b", "box")
+    assert str(error) == r"a\x1b[2J.xml: object\n3: class \ud800 \u202e\x9b"
+    assert str(UsageError("--data: né 日本")) == "--data: né 日本"
+    assert len(str(UsageError("x" * 10**6))) < 5000

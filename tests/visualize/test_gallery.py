@@ -120,3 +120,12 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     with pytest.raises(UsageError, match=r"--out .*: no permission to write; name another folder"):
         Gallery(tmp_path)
+
+
+@pytest.mark.parametrize("stem", ["../../x", "/x", "a\\..\\x", "x\n\0y", "x" * 300])
+def test_names_from_annotations_stay_in_the_folder(tmp_path, stem):
+    """A scene of nuScenes may have any name."""
+    output = Gallery(tmp_path / "deep/out")
+    output.add(IMAGE, stem)
+    output.close("")
+    assert len(names(tmp_path / "deep/out")) == 2 and len(list(tmp_path.rglob("*.jpg"))) == 2
