@@ -377,10 +377,10 @@ def is_inside(path, root):
 
 
 def resident():
-    """Bytes of memory of this process."""
+    """Bytes of memory of this process, without pages of files, which the system takes back when it needs room."""
     gc.collect()
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     except OSError:
         return peak_resident()  # no /proc
 
