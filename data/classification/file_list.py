@@ -60,7 +60,7 @@ def _load(place, folder, print):
     except PermissionError:
         print(f"{place}: no permission to read it, listing the files of {folder} again; fix its permissions")
         return None
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, LookupError, EOFError):
         print(f"{place}: damaged, listing the files of {folder} again")
         return None
     try:

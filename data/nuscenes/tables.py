@@ -116,7 +116,7 @@ def _load_cached(cached, stamps, print):
     except PermissionError:
         print(f"{cached}: no permission to read it, so the tables are parsed again; --cache-dir names another folder")
         return None
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, LookupError, EOFError):
         print(f"{cached}: damaged, parsing the tables again")
         return None
 
