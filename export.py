@@ -82,7 +82,8 @@ def parse_args(argv):
         type=cli.probability,
         help="minimum score with --nms; default: that of the run's validation (0.01, RetinaNet 0.05)",
     )
-    arg("--opset", type=cli.number(int, 17), help="ONNX opset version; default: 18, or 19 where the network needs it")
+    opset = "ONNX opset version; default: 18, or 19 where the network needs it"
+    arg("--opset", type=cli.number(int, 17, max_=30), help=opset)
     tolerance = "maximum difference from this program; relative for outputs above 1, such as boxes in pixels"
     arg("--tolerance", type=cli.non_negative, default=3e-4, help=tolerance)
     images = f"images for the check: the first {MAX_IMAGES} in this folder; default: generated images"

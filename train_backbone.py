@@ -44,7 +44,7 @@ def parse_args(argv):
     arg("--data", default="data", help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
     arg("--train", default="", metavar="DIR", help="folder of the training classes, if it is not DATA/train")
     arg("--val", default="", metavar="DIR", help="folder of the validation classes, if it is not DATA/val")
-    arg("--resolution", type=cli.positive, default=224, help="height and width of training images in pixels")
+    arg("--resolution", type=cli.pixels, default=224, help="height and width of training images in pixels")
     crop = "augmentation: area of the random crop as a share of the image"
     arg("--crop-scale", type=cli.probability, nargs=2, default=[0.53, 1.0], metavar=("MIN", "MAX"), help=crop)
     jitter = "augmentation: maximum change of brightness, contrast, saturation and hue"

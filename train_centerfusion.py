@@ -81,7 +81,7 @@ def parse_args(argv):
     args = parser.parse(argv)
     if args.run_dataset_eval and args.monitor in MEASURES and not devkit_is_installed():
         raise UsageError(f"--monitor {args.monitor}: first do pip install -r requirements-nuscenes.txt")
-    if any(side <= 0 or side % 32 for side in args.input_size):
+    if any(side % 32 or not cli.MIN_SIDE <= side <= cli.MAX_SIDE for side in args.input_size):
         raise UsageError(f"--input-size {args.input_size}: height and width must be multiples of 32, as 448 800")
     return args
 

@@ -56,7 +56,7 @@ def parse_args(argv):
 
     arg = parser.add_argument_group("network").add_argument
     arg("--arch", "--net", choices=tuple(ssd.NETWORKS), default="mb1-ssd", help="network architecture")
-    arg("--resolution", type=cli.positive, default=300, help="height and width of the input in pixels")
+    arg("--resolution", type=cli.pixels, default=300, help="height and width of the input in pixels")
     arg("--width-mult", "--mb2-width-mult", type=cli.non_negative, default=1.0, help="mb2-ssd-lite: width multiplier")
     sizes = "minimum size of the priors of each of the six maps, in pixels at 300 x 300, and the maximum of the last"
     arg("--box-sizes", type=cli.non_negative, nargs=7, metavar="PIXELS", help=sizes)

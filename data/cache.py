@@ -3,11 +3,13 @@
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+CHECKSUMS = "checksums.txt"
 MIN_MAPPED = 1 << 16  # bytes; smaller files are read at once
 
 
@@ -18,6 +20,7 @@ def save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> bool:
         temporary.mkdir(parents=True)
         for name, values in arrays.items():
             np.save(temporary / f"{name}.npy", values)
+        (temporary / CHECKSUMS).write_bytes(_checksums(temporary))
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
@@ -31,9 +34,23 @@ def save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> bool:
 
 def load_arrays(folder: Path) -> dict[str, np.ndarray]:
     """The arrays that `save_arrays` wrote. Large ones are read-only memory maps: their pages are loaded when they are
-    used, and shared by all processes of a machine. Raises OSError, ValueError or EOFError if a file is damaged."""
+    used, and shared by all processes of a machine. Raises OSError or ValueError if a file is damaged or missing."""
     arrays = {}
+    if (folder / CHECKSUMS).read_bytes() != _checksums(folder):
+        raise ValueError("a file does not match its checksum")
     for path in folder.glob("*.npy"):
         mapped = path.stat().st_size >= MIN_MAPPED
         arrays[path.stem] = np.load(path, mmap_mode="r" if mapped else None).view(np.ndarray)
     return arrays
+
+
+def _checksums(folder):
+    """A line for each array in `folder`: the name of its file, and its checksum (CRC-32)."""
+    lines = []
+    for path in sorted(folder.glob("*.npy")):
+        checksum = 0
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                checksum = zlib.crc32(chunk, checksum)
+        lines.append(f"{path.name} {checksum:08x}\n")
+    return "".join(lines).encode()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from data.files import open_regular
 from utils.errors import DataError, UsageError
 
 # Focal length in widths of the image without a calibration: 1200 pixels for nuScenes' 1600, as CenterTrack and
@@ -21,11 +22,11 @@ def read_calib(path: str | Path) -> torch.Tensor:
     Raises DataError if it is none.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = _numbers(text)
+        with open_regular(path, "r", encoding="utf-8") as file:
+            values = _numbers(file.read())
     except OSError as error:
         raise DataError(path, "", f"{error.strerror}; give a file with a camera matrix: {FORMATS}") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError, RuntimeError):
         raise DataError(path, "", f"is no camera matrix: {FORMATS}") from None
     if values.numel() not in (9, 12):
         raise DataError(path, "", f"has {values.numel()} numbers; a camera matrix is {FORMATS}")

@@ -10,7 +10,9 @@ import torch
 
 from data.files import read_lines, shortened
 from utils.errors import DataError
-from utils.labels import read_labels
+from utils.labels import check_names, read_labels
+
+MAX_DIGITS = 9  # of an id
 
 
 def read_numbered(path: str | Path) -> list[str]:
@@ -20,7 +22,7 @@ def read_numbered(path: str | Path) -> list[str]:
     try:
         for row in filter(None, rows):
             name, number = (field.strip() for field in row) if len(row) == 2 else ("", "")
-            if not name or not number.isdecimal():
+            if not name or not number.isdecimal() or len(number) > MAX_DIGITS:
                 reason = f"{','.join(row)!r} is not name,id with an integer id; the file has no header"
                 raise DataError(path, f"line {rows.line_num}", reason)
             if name in ids:
@@ -30,6 +32,7 @@ def read_numbered(path: str | Path) -> list[str]:
         raise DataError(path, f"line {rows.line_num}", f"not valid csv: {error}; fix the file") from None
     if not ids:
         raise DataError(path, "", "contains no class; write name,id for each")
+    check_names(ids, path)
     if sorted(ids.values()) != list(range(len(ids))):
         used = ", ".join(map(str, sorted(ids.values())[:20]))
         raise DataError(path, "", f"ids are {used}; number the {len(ids)} classes from 0 to {len(ids) - 1}, each once")

@@ -11,10 +11,15 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from data.files import open_regular
 from utils.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 LFS_POINTER = b"version https://git-lfs"
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: Pillow refuses larger images as decompression bombs
+# what Pillow's decoders raise at damaged files
+DECODING = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, EOFError)
+DECODING += (MemoryError, struct.error, Image.DecompressionBombError)
 
 
 def read_image(path: str | Path) -> torch.Tensor:
@@ -52,14 +57,14 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def open_image(path: str | Path) -> Iterator[Image.Image]:
     """The file as a Pillow image. What goes wrong while it is open becomes a DataError of kind "image"."""
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
                 reason = "is a git-LFS pointer, not an image; fetch it with: git lfs pull"
                 raise DataError(path, "", reason, kind="image")
             stream.seek(0)
             with Image.open(stream) as image:
                 yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+    except DECODING as error:
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, UnidentifiedImageError):
             reason = "no image format known to Pillow"

@@ -14,6 +14,7 @@ import torch
 from ops import rle
 from utils import files
 from utils.errors import DataError, UsageError
+from utils.files import open_regular
 from utils.labels import first_names
 from utils.nuscenes import ATTRIBUTES
 
@@ -95,7 +96,8 @@ def coco_ids(
 def _read_annotations(path):
     """({name of an image without folders: [(parts of its path, id)]}, {name of a category: id})."""
     try:
-        contents = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open_regular(path, "r", encoding="utf-8") as file:
+            contents = json.load(file)
         images = defaultdict(list)
         for image in contents["images"]:
             name = PurePosixPath(image["file_name"])
@@ -103,7 +105,7 @@ def _read_annotations(path):
         return images, {category["name"]: int(category["id"]) for category in contents["categories"]}
     except OSError as error:
         raise DataError(path, "", f"{error.strerror}; give a COCO annotation file") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         reason = "is not a COCO annotation file: JSON with images (file_name, id) and categories (name, id)"
         raise DataError(path, "", reason) from None
 

@@ -12,6 +12,7 @@ import torch
 from pycocotools import mask as coco_masks
 
 MIN_NUMBERS = 6  # of a polygon: pycocotools takes four for a box
+MAX_PERIMETER = 4_000_000  # pixels of a polygon, along x or y: pycocotools keeps five points for each
 MAX_OFFSET = 10  # image sides that a corner may be outside the image; pycocotools walks along every edge
 
 
@@ -70,6 +71,10 @@ def _from_polygon(polygon, size):
         raise ValueError("segmentation has a coordinate that is not a finite number")
     if max(polygon) > MAX_OFFSET * max(size) or min(polygon) < -MAX_OFFSET * max(size):
         raise ValueError(f"segmentation extends from {min(polygon):g} to {max(polygon):g}, far outside the image")
+    x, y = np.array(polygon, dtype=np.float64).reshape(-1, 2).T
+    length = np.maximum(np.abs(x - np.roll(x, 1)), np.abs(y - np.roll(y, 1))).sum()
+    if length > MAX_PERIMETER:
+        raise ValueError(f"segmentation has a polygon with a perimeter of {length:g} pixels")
     return coco_masks.frPyObjects([list(polygon)], *size)[0]
 
 

@@ -27,6 +27,7 @@ from utils import files
 from utils.errors import DataError
 
 MARK = "drawn.json"  # in OUT: the arguments, and whether the set is complete
+MAX_IMAGES, MAX_SEED, MAX_SIDE = 10**7, 2**63 - 1, 1 << 13
 MIN_SIDE = 64  # pixels: below that the smallest objects are a few pixels wide
 
 
@@ -76,8 +77,8 @@ def draw(layout, out, images=200, seed=0, size=None):
         raise DataError(out, f"seed {seed}", "must be 0 or more")
     arguments = {"layout": layout, "images": images, "seed": seed}
     arguments |= {"size": list(size) if size else None, "version": writer.version}
-    if not is_complete(out, arguments):
-        with files.writing(out):
+    with files.writing(out):
+        if not is_complete(out, arguments):
             write_mark(out, arguments | {"whole": False})
             writer.write(out, images, seed, size)
             write_mark(out, arguments | {"whole": True})
@@ -134,7 +135,18 @@ def parse_size(text):
     width, separator, height = text.lower().partition("x")
     if not (separator and width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, for example 320x240")
-    return int(width), int(height)
+    return limited(0, MAX_SIDE)(width), limited(0, MAX_SIDE)(height)
+
+
+def limited(low, high):
+    """A `type=` for argparse: a whole number from `low` to `high`."""
+
+    def convert(text):
+        if not text.lstrip("-").isdecimal() or len(text) > 30 or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return convert
 
 
 def parse_args(argv=None):
@@ -150,10 +162,10 @@ def parse_args(argv=None):
     out = "output folder: new, empty, or drawn with the same arguments before"
     arg("out", type=Path, metavar="OUT", help=out)
     images = "number of images (default: 200); see below for the splits"
-    arg("--images", type=int, default=200, metavar="N", help=images)
+    arg("--images", type=limited(0, MAX_IMAGES), default=200, metavar="N", help=images)
     size = "size of all images (default: about 320x240, imagefolder 100x100, nuscenes 800x450)"
     arg("--size", type=parse_size, metavar="WIDTHxHEIGHT", help=size)
-    arg("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    arg("--seed", type=limited(0, MAX_SEED), default=0, metavar="N", help="random seed (default: 0)")
     return parser.parse_args(argv)
 
 

@@ -22,10 +22,10 @@ FORMER = {  # every flag that a script once had
     "train_retinanet": COMMON
     + LAYOUT
     + CSV
-    + """--dataset voc --dataset-type voc --data a b --coco-path a b --min-side 5 6 --max-side 9 --flip 0.1 --colour 0.2
-    --depth 18 --anchors torchvision --anchor-scale 2 --pretrained f.pt --backbone-weights none --freeze-stages 2
-    --match-iou 0.4 --background-iou 0.3 --match-best --box-loss-weight 1 --score-threshold 0.1 --nms-iou 0.4
-    --most-detections 9 --backbone-lr 0.1""",
+    + """--dataset voc --dataset-type voc --data a b --coco-path a b --min-side 50 60 --max-side 90 --flip 0.1
+    --colour 0.2 --depth 18 --anchors torchvision --anchor-scale 2 --pretrained f.pt --backbone-weights none
+    --freeze-stages 2 --match-iou 0.4 --background-iou 0.3 --match-best --box-loss-weight 1 --score-threshold 0.1
+    --nms-iou 0.4 --most-detections 9 --backbone-lr 0.1""",
     "train_ssd": COMMON
     + LAYOUT
     + CSV
@@ -43,7 +43,7 @@ FORMER = {  # every flag that a script once had
     "train_maskrcnn": COMMON
     + LAYOUT
     + """--dataset coco --dataset-type coco --data a b --coco-path a b --val-share 0.1 --split-seed 3 --subset 4
-    --min-side 5 6 --max-side 9 --flip 0.1 --colour 0.2 --arch maskrcnn_resnet18 --proposals 5 --regions 6
+    --min-side 50 60 --max-side 90 --flip 0.1 --colour 0.2 --arch maskrcnn_resnet18 --proposals 5 --regions 6
     --weights f.pt --pretrained f.pt --freeze-stages 1 --backbone-lr 0.1""",
     "predict": """c.pt a b --out o --threshold 0.1 --classes x,y --every 2 --batch-size 3 --device cpu --precision bf16
     --version v --split s --samples 4 --cache-dir c""",

@@ -16,7 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from training import connection, memory, saved_flags
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError, UserError, printable
+from utils.files import open_regular
+
+LONG_FLAGS = {"classes", "class_weights"}  # lists of class names
+MAX_NAME, MAX_PATH = 255, 4095  # characters of the name and of the path of a file
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -54,7 +58,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self._recipe = ""  # the file whose keys are being parsed, named in errors
 
     def error(self, message):
-        super().error(f"{self._recipe}: {message}" if self._recipe else message)
+        super().error(printable(f"{self._recipe}: {message}" if self._recipe else message))
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse `argv` (default: the command line) over the recipe that it names over the defaults.
@@ -71,6 +75,7 @@ class ArgumentParser(argparse.ArgumentParser):
         namespace = self.parse_args(self._recipe_words(self._read_toml(self._recipe))) if self._recipe else None
         self._recipe = ""
         args = self.parse_args(argv, namespace)
+        self._check_names(args)
         if "eval_only" not in args:
             return args
         if args.eval_only:
@@ -78,6 +83,19 @@ class ArgumentParser(argparse.ArgumentParser):
         elif args.split:
             self.error(f"--split {args.split}: is for --eval-only; add it")
         return args
+
+    def _check_names(self, args):
+        """An error for a value that is too long for the name of a file. Only lists and URLs are longer."""
+        for action in self._actions:
+            values = getattr(args, action.dest, None)
+            if action.dest in LONG_FLAGS:
+                continue
+            for value in values if isinstance(values, list) else [values]:
+                if not isinstance(value, str) or "://" in value:
+                    continue
+                if len(value) > MAX_PATH or max(map(len, re.split(r"[/\\]", value))) > MAX_NAME:
+                    name = action.option_strings[0] if action.option_strings else action.dest
+                    self.error(f"argument {name}: {value[:40]}... is longer than the name of a file can be")
 
     def _take_flags_of_run(self, args, argv):
         """Change `args` to the flags of the run that --eval-only evaluates, except those in `argv`."""
@@ -143,6 +161,8 @@ class ArgumentParser(argparse.ArgumentParser):
                 words += [f"{option}={','.join(items)}"] if action.nargs is None else [option, *items]
             else:
                 words.append(f"{option}={_word(value)}")
+            if any("\0" in word for word in words):
+                self.error(f"{key}: has a null byte, which no name or number contains")
         return words
 
     def _switch(self, key, option, action, value):
@@ -157,12 +177,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _read_toml(self, path):
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 return tomllib.load(file)
         except OSError as error:
             nearby = ", ".join(sorted(str(p) for p in Path(path).parent.glob("*.toml"))[:8])
             self.error(f"{error.strerror}" + (f"; recipes nearby: {nearby}" if nearby else ""))
-        except ValueError as error:  # bad TOML or not UTF-8
+        except (ValueError, RecursionError) as error:  # bad TOML, not UTF-8, or nested too deeply
             self.error(f"not a TOML file: {error}")
 
 
@@ -209,7 +229,11 @@ def number(kind: type, min_: float, below: float | None = None, max_: float | No
     return convert
 
 
-count, positive = number(int, 0), number(int, 1)
+MAX_COUNT = 10**9  # of steps, epochs and images
+count, positive = number(int, 0, max_=MAX_COUNT), number(int, 1, max_=MAX_COUNT)
+MIN_SIDE, MAX_SIDE = 16, 1 << 14  # pixels of a network's input
+pixels = number(int, MIN_SIDE, max_=MAX_SIDE)
+seed = number(int, 0, max_=2**63 - 1)
 non_negative, probability = number(float, 0), number(float, 0, max_=1)
 
 
@@ -239,6 +263,11 @@ def auto_count(text: str) -> int | None:
     return None if text == "auto" else count(text)
 
 
+def auto_workers(text: str) -> int | None:
+    """A `type=` for --workers: 0 to 1024 processes, None for auto."""
+    return None if text == "auto" else number(int, 0, max_=1024)(text)
+
+
 def auto_stages(text: str) -> int | None:
     """A `type=` for --freeze-stages: 0 to 5, None for auto."""
     return None if text == "auto" else number(int, 0, max_=5)(text)
@@ -250,8 +279,8 @@ def numbers(text: str) -> list[float]:
         values = [float(part) for part in text.split(",")] if text else []
     except ValueError:
         values = [math.nan]
-    if not all(0 <= value < math.inf for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers of at least 0, such as 80,100")
+    if not all(0 <= value <= MAX_COUNT for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers from 0 to {MAX_COUNT}, such as 80,100")
     return values
 
 
@@ -283,7 +312,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--split", default="", metavar="NAME", help=split)
     preflight = "run one step and one evaluation on the largest batches, print the peak memory, exit"
     arg("--preflight", action="store_true", help=preflight)
-    arg("--seed", type=count, default=0, help="random seed of initial weights, data order and augmentation")
+    arg("--seed", type=seed, default=0, help="random seed of initial weights, data order and augmentation")
     arg("--log-every", "--debug-steps", type=positive, default=10, metavar="N", help="log every N steps")
     levels = "warning: no line per step; debug: also print all flags"
     arg("--log-level", choices=("debug", "info", "warning"), default="info", help=levels)
@@ -294,7 +323,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--compile", action="store_true", help="compile the network with torch.compile; not for Mask R-CNN")
     arg("--sync-bn", action="store_true", help="synchronize batch norm over all processes (torchrun, GPUs)")
     workers = "data loading processes of each training process; auto: by the number of CPU cores"
-    arg("--workers", "--num-workers", type=auto_count, default="auto", metavar="auto|N", help=workers)
+    arg("--workers", "--num-workers", type=auto_workers, default="auto", metavar="auto|N", help=workers)
     exact = "kernels that give the same bits in every run, so that a resume is exact; a GPU may be slower with them. "
     exact += "Default: on, but off for Mask R-CNN and CenterFusion's DLA-34 on a GPU, which have kernels that cannot"
     arg("--deterministic", action=argparse.BooleanOptionalAction, help=exact)
@@ -324,7 +353,8 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     arg("--lr", "--learning-rate", type=non_negative, default=0.01, help="base learning rate")
     schedules = "learning rate schedule; plateau: times --gamma when an epoch's loss has not fallen for 3 epochs"
     arg("--scheduler", choices=("constant", "cosine", "multi-step", "plateau"), default="multi-step", help=schedules)
-    arg("--t-max", type=non_negative, default=0, metavar="EPOCHS", help="cosine: epochs until zero; 0: --epochs")
+    cosine = "cosine: epochs until zero; 0: --epochs"
+    arg("--t-max", type=number(float, 0, max_=MAX_COUNT), default=0, metavar="EPOCHS", help=cosine)
     milestones = "multi-step: epochs after which the learning rate is multiplied by --gamma"
     arg("--milestones", "--lr-step", type=numbers, default="8,11", metavar="E,E", help=milestones)
     in_steps = "the same in steps, such as 150000,300000; replaces --milestones"
@@ -365,7 +395,7 @@ def add_weights_arguments(parser: ArgumentParser, size: str) -> None:
     arg = parser.add_argument_group("published files and bare weights").add_argument
     names = "class names, one per line; default: those in the checkpoint, or in a labels.txt beside bare weights"
     arg("--labels", default="", metavar="FILE", help=names)
-    arg("--size", type=positive, nargs="+", action=SizeAction, metavar=("H", "W"), help=size)
+    arg("--size", type=pixels, nargs="+", action=SizeAction, metavar=("H", "W"), help=size)
     priors = "priors of bare mb1-ssd weights at other sizes than 300: those of jetson-inference, or those of 300 scaled"
     arg("--priors", choices=("scaled", "jetson"), default="", help=priors)
 
@@ -495,8 +525,8 @@ def add_resize_arguments(parser: ArgumentParser, min_side: int, max_side: int) -
     """Declare the size and augmentation of images that keep their aspect ratio, with the defaults in pixels."""
     arg = parser.add_argument_group("image size, augmentation").add_argument
     sides = "shortest side in pixels; of several, training draws one per image and validation takes the last"
-    arg("--min-side", type=positive, nargs="+", default=[min_side], metavar="PIXELS", help=sides)
-    arg("--max-side", type=positive, default=max_side, metavar="PIXELS", help="maximum of the longest side")
+    arg("--min-side", type=pixels, nargs="+", default=[min_side], metavar="PIXELS", help=sides)
+    arg("--max-side", type=pixels, default=max_side, metavar="PIXELS", help="maximum of the longest side")
     arg("--flip", type=probability, default=0.5, help="probability of a horizontal flip")
     jitter = "probability of each color change"
     arg("--color-jitter", "--colour", type=probability, default=0.0, help=jitter)

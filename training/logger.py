@@ -269,7 +269,7 @@ def drop_later(path: Path, step: int) -> None:
         try:
             if 0 < json.loads(line)["step"] <= step:
                 lines.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     files.write_text(path, "".join(lines))
 

@@ -4,6 +4,7 @@ The scripts print it as `error: ...` and exit with code 2. Any other exception i
 """
 
 import errno
+import re
 from pathlib import Path
 
 FOLDER = "choose another folder"
@@ -22,12 +23,25 @@ REMEDIES = {  # of an OSError while writing
     errno.EISDIR: IN_THE_WAY,
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+# control characters, marks that reverse the direction of text, and halves of surrogate pairs, which cannot be encoded
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MAX_LENGTH = 4000  # characters of a message
+
+
+def printable(text: str) -> str:
+    """`text` as one line that any terminal shows as it is: what a file contains may stand in a message."""
+    if len(text) > MAX_LENGTH:
+        text = f"{text[: MAX_LENGTH // 2]} ... {text[-MAX_LENGTH // 2 :]}"
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class UserError(Exception):
     """Base class of the errors below."""
 
     is_printed = True  # False where another process of the machine prints the same error
+
+    def __str__(self):
+        return printable(super().__str__())
 
 
 class UsageError(UserError):
@@ -47,7 +61,7 @@ class WriteError(UserError, OSError):
         self.line = f"{path}: not written: {self.strerror}; {remedy}" + (f", then {then}" if then else "")
 
     def __str__(self):
-        return self.line
+        return printable(self.line)
 
 
 class DataError(UserError):

@@ -2,21 +2,35 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from utils.errors import DataError, WriteError
+
+
+def open_regular(path: str | Path, mode: str = "rb", **options: Any) -> IO:
+    """`open` of a file that exists and has an end. OSError for a pipe or a device, which may have none, and for a path
+    that no file can have."""
+    try:
+        kind = os.stat(path).st_mode
+    except ValueError as error:  # a null byte, or half of a surrogate pair
+        raise OSError(errno.EINVAL, f"not the name of a file: {error}") from None
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # open() refuses a folder
+        raise OSError(errno.EINVAL, "not a regular file but a pipe or a device; copy its contents into a file")
+    return open(path, mode, **options)
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
     """The lines of a UTF-8 text file, without its byte order mark. Raises DataError."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open_regular(path, "r", encoding="utf-8-sig", newline="") as file:
             yield from file
     except UnicodeDecodeError:
         raise DataError(path, "", "not UTF-8 text; save it as UTF-8") from None

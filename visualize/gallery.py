@@ -1,6 +1,7 @@
 """The output folder of predict.py: annotated images and videos, a contact sheet, and a line about the speed."""
 
 import io
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from visualize.video import VideoWriter
 
 SHEET, OWN_FILES = "sheet.jpg", ".predict_files"  # the latter names our files, one a line
 MAX_THUMBNAILS, THUMBNAIL_SIDE = 36, 320
+MAX_STEM = 230  # characters; a name has 255 bytes on most disks
+_UNFIT = re.compile(r"[/\\\x00-\x1f\x7f]")  # for the name of a file
 
 
 class Gallery:
@@ -104,9 +107,12 @@ class Gallery:
     def add(self, image: torch.Tensor, stem: str, frame: Any = None, video: object = None) -> None:
         """Write uint8 [3,H,W] as STEM.jpg, or as STEM_2.jpg ... where there is such a file.
 
+        The stem may come from an annotation: what a name cannot have becomes _, so that the file is in the folder.
+
         frame   of an animation or video, see data.video_input.Frame: its number is added to the name. With a time it is
                 appended to the video STEM.mp4 instead, a new one whenever `video` changes
         """
+        stem = _UNFIT.sub("_", stem)[:MAX_STEM]
         is_part = frame is not None and frame.number is not None
         caption = f"{stem}_{frame.number:06d}" if is_part else stem
         if is_part and frame.seconds is not None:

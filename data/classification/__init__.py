@@ -21,6 +21,7 @@ from data.images import SUFFIXES, read_image
 from data.packed import PackedPaths
 from data.seeding import seeded
 from utils.errors import DataError
+from utils.labels import check_names
 
 MAX_NAMED = 10  # classes named in one message
 
@@ -122,6 +123,7 @@ def load(
     lists = {split: list_files(folder, split, cache, print) for split, folder in folders.items()}
     first = next(iter(folders))
     own_classes = lists[first]["classes"].tolist()
+    check_names({name for files in lists.values() for name in files["classes"].tolist()}, folders[first])
     if classes is not None and set(classes) != set(own_classes) and not (val_only and set(classes) & set(own_classes)):
         raise DataError(folders[first], "", _class_difference(set(classes), set(own_classes)))
     classes = own_classes if classes is None else list(classes)

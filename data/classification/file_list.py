@@ -18,7 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data.cache import load_arrays, save_arrays
+from data.files import are_inside
 from data.images import SUFFIXES
+from data.packed import PackedPaths
 from utils.errors import DataError
 
 THREADS = 16  # that list folders: a network disk has a high latency, but answers many requests at a time
@@ -53,10 +55,12 @@ def _load(place, folder, print):
         if int(files.pop("format")) != FORMAT:
             return None
         files = {name: files[name] for name in ARRAYS}
+        if not are_inside(PackedPaths.from_arrays(files["content"], files["first"])):
+            raise ValueError("a path leads out of the folder of the data")
     except PermissionError:
         print(f"{place}: no permission to read it, listing the files of {folder} again; fix its permissions")
         return None
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, LookupError, EOFError):
         print(f"{place}: damaged, listing the files of {folder} again")
         return None
     try:

@@ -9,6 +9,7 @@ from data.classes import agree_on_classes
 from data.detection import coco, csv, open_images, penn_fudan, voc
 from data.detection.dataset import BoxDataset
 from utils.errors import DataError
+from utils.labels import check_names
 
 LAYOUTS = {"voc": voc.read, "open_images": open_images.read, "coco": coco.read, "csv": csv.read}
 Sets = tuple[BoxDataset, BoxDataset, list[DataError]]
@@ -56,12 +57,14 @@ def load(
     first = read(roots, "val" if val_only else "train")
     if val_only and first.classes == sorted(first.names):  # without a list of its own, whose order could be wrong
         remap_by_name = True
+    check_names([*first.names, *first.classes], roots[0] if roots else csv_files[0])
     names = agree_on_classes(classes, first.classes, remap_by_name) if classes else first.classes
     errors = first.errors + (first.class_errors if names == first.classes else [])
     train_set = BoxDataset(first, names, seed=seed)
     if val_only:
         return train_set, train_set, checks.unique(errors)
     val = read(roots, "val")
+    check_names(val.names, roots[0] if roots else csv_files[1])
     return train_set, BoxDataset(val, names, seed=seed), checks.unique(errors + val.errors)
 
 

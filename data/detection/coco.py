@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data.detection.dataset import Annotations, clip_box
 from data.files import missing_images, read_lines
+from data.images import MAX_PIXELS
 from ops import rle
 from utils.errors import DataError
 
@@ -68,7 +69,7 @@ def _image_folder(root, name):
 def _read_json(file, keys):
     try:
         content = json.loads("".join(read_lines(file)), object_pairs_hook=partial(_used_values, keys))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(file, "", f"not valid JSON: {error}; download or write the file again") from None
     missing = [key for key in LISTS if not (isinstance(content, dict) and isinstance(content.get(key), list))]
     if missing:
@@ -161,7 +162,7 @@ def _read_image(item, positions):
     if item["id"] in positions:
         raise ValueError(f"id is repeated: {item['file_name']}")
     size = item["height"], item["width"]
-    if not all(isinstance(side, int | float) and 1 <= side < 1 << 31 for side in size):
+    if not all(isinstance(side, int | float) and side >= 1 for side in size) or math.prod(size) > MAX_PIXELS:
         raise ValueError(f"width {size[1]!r} and height {size[0]!r} are not the size of an image")
     return os.path.normpath(str(item["file_name"])), tuple(map(int, size))
 
@@ -169,7 +170,7 @@ def _read_image(item, positions):
 def _read_objects(file, items, names, positions, annotations):
     for count, item in enumerate(items, start=1):
         try:
-            image, name, box = _read_object(item, names, positions, annotations)
+            image, name, box, bbox = _read_object(item, names, positions, annotations)
             if image is None:
                 continue
             mask = None if annotations.masks is None else _read_mask(item, name, annotations.size(image))
@@ -177,7 +178,6 @@ def _read_objects(file, items, names, positions, annotations):
             place = _place("annotation", item.get("id"), count)
             annotations.errors.append(DataError(file, place, str(error), kind="box"))
         else:
-            bbox = item["bbox"]
             area = item["area"] if _is_area(item.get("area")) else bbox[2] * bbox[3]
             annotations.add_object(image, box, name, item.get("iscrowd") == 1, mask, bbox, area)
 
@@ -190,8 +190,8 @@ def _read_mask(item, name, size):
 
 
 def _read_object(item, names, positions, annotations):
-    """(position of the image, class name, clipped [x1, y1, x2, y2]). Raises ValueError with the reason where the item
-    is invalid. The position is None, and the box not clipped, if the image is left out.
+    """(position of the image, class name, clipped [x1, y1, x2, y2], bbox as annotated). Raises ValueError with the
+    reason where the item is invalid. The position is None, and the box not clipped, if the image is left out.
     """
     missing = [key for key in ("image_id", "category_id", "bbox") if key not in item]
     if missing:
@@ -204,14 +204,14 @@ def _read_object(item, names, positions, annotations):
     name, image = names[category], positions[number]
     if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)):
         raise ValueError(f"{name}: bbox {box!r} is not four numbers")
-    x, y, width, height = box
+    x, y, width, height = box = [float(side) for side in box]
     if not all(map(math.isfinite, box)) or width <= 0 or height <= 0:
         raise ValueError(f"{name} has no area: x {x:g}, y {y:g}, width {width:g}, height {height:g}")
     if image is None:
-        return None, name, box
+        return None, name, box, box
     size = annotations.size(image)
     clipped = clip_box((x, y, x + width, y + height), size)
     if clipped is None:
         corners = f"{x:g},{y:g} to {x + width:g},{y + height:g}"
         raise ValueError(f"{name} {corners} is outside of the image ({size[1]} x {size[0]})")
-    return image, name, clipped
+    return image, name, clipped, box

@@ -9,13 +9,14 @@ Corners in the xml count from 1 and the last pixel belongs to the box: 1 to 300 
 They may be fractions. `difficult` is optional, and so is `size`, which is then read from the image.
 """
 
+import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.classes import choose_classes
 from data.detection.dataset import Annotations, clip_box
-from data.files import is_true, read_lines
+from data.files import is_inside, is_true, open_regular, read_lines
 from data.images import SUFFIXES, image_size
 from utils.errors import DataError
 
@@ -57,12 +58,17 @@ def _read_root(root, split_file, annotations, offset):
     if not names:
         raise DataError(split_file, "", "lists no image; write one name per line")
     for number, name in names:
+        if not is_inside(name):
+            reason = f"{name}: is not in the folder of the data; name files of Annotations"
+            annotations.errors.append(DataError(split_file, f"line {number}", reason, kind="image"))
+            continue
         name = name[: -len(Path(name).suffix)] if name.lower().endswith((*SUFFIXES, ".xml")) else name
         xml_file, image = root / "Annotations" / f"{name}.xml", images.get(name) or images.get(Path(name).name)
-        if xml_file.is_file() and image is not None:
+        is_annotated = os.path.isfile(xml_file)  # False for a name that is too long, too
+        if is_annotated and image is not None:
             _read_annotation(xml_file, image, annotations, offset)
         else:
-            reason = f"no image in {root / 'JPEGImages'}" if xml_file.is_file() else f"no {xml_file}"
+            reason = f"no image in {root / 'JPEGImages'}" if is_annotated else f"no {xml_file}"
             annotations.errors.append(DataError(split_file, f"line {number}", f"{name}: {reason}", kind="image"))
 
 
@@ -76,9 +82,17 @@ def _list_images(folder):
     }
 
 
+class _WithoutDoctype(ElementTree.TreeBuilder):
+    """Refuses a DOCTYPE: no annotation needs one, and its entities can stand for gigabytes of text."""
+
+    def doctype(self, name, public, system):
+        raise ValueError("has a DOCTYPE, which may define entities; remove it")
+
+
 def _read_annotation(path, image, annotations, offset):
     try:
-        root = ElementTree.parse(path).getroot()
+        with open_regular(path) as file:
+            root = ElementTree.parse(file, ElementTree.XMLParser(target=_WithoutDoctype())).getroot()
         size = _size_of(root, image)
     except (ElementTree.ParseError, OSError, LookupError, ValueError, OverflowError) as error:
         annotations.errors.append(DataError(path, "", f"not a valid annotation: {error}; fix the file", kind="image"))

@@ -22,7 +22,7 @@ from data.nuscenes import radar_points
 from data.nuscenes.tables import CHANNELS, Tables
 from data.seeding import SeededDataset
 from ops.geometry import yaw_to_alpha
-from utils.errors import DataError
+from utils.errors import DataError, printable
 from utils.nuscenes import CAMERAS, CLASSES, RADARS, is_annotated
 
 RADARS_OF_CAMERA = {  # whose points may be in a camera's image, in the order they are read
@@ -218,7 +218,7 @@ class NuScenesDataset(SeededDataset):
         reason = f"{images} images and {len(self.missing) - images} radar sweeps are missing: {paths}"
         if not skip:
             raise DataError(self.root, "", f"{reason}; --skip-missing continues without them", kind="image")
-        print(f"{self.root}: {reason} (skipped)")
+        print(printable(f"{self.root}: {reason} (skipped)"))
         self.frames = self.frames[~np.isin(self.frames, self.missing)]
         self.sweeps = np.where(np.isin(self.sweeps, self.missing), -1, self.sweeps)
 

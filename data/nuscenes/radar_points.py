@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import open_regular
 from data.images import LFS_POINTER
 from utils.errors import DataError
 
@@ -25,7 +26,7 @@ def read(path: str | Path) -> tuple[np.ndarray, tuple[str, ...]]:
     first point has a NaN is empty, as nuScenes defines it. Raises DataError of kind "image".
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             content = file.read()
     except OSError as error:
         raise DataError(path, "", f"cannot be read: {error.strerror}", kind="image") from None

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cache import load_arrays, save_arrays
-from data.files import shortened
+from data.files import are_inside, is_inside, open_regular, shortened
 from data.packed import PackedBytes, PackedPaths
 from utils.errors import DataError
 from utils.nuscenes import ATTRIBUTES, CAMERAS, CLASS_OF_CATEGORY, CLASSES, RADARS, is_annotated
@@ -108,11 +108,15 @@ def _load_cached(cached, stamps, print):
         arrays = load_arrays(cached)
         same = int(arrays.pop("format")) == FORMAT
         same = same and all(np.array_equal(arrays.pop(name), value) for name, value in stamps.items())
-        return arrays if same else None
+        if not same:
+            return None
+        if not are_inside(PackedPaths.from_arrays(arrays["frame_paths"], arrays["frame_paths_first"])):
+            raise ValueError("a path leads out of the folder of the data")
+        return arrays
     except PermissionError:
         print(f"{cached}: no permission to read it, so the tables are parsed again; --cache-dir names another folder")
         return None
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, LookupError, EOFError):
         print(f"{cached}: damaged, parsing the tables again")
         return None
 
@@ -133,7 +137,7 @@ def _records(file: Path) -> Iterator[dict]:
     """The records of a table, one at a time. Raises DataError where it is not a JSON list of records."""
     decode, text, position, number = json.JSONDecoder().raw_decode, "", 0, 0
     try:
-        with open(file, encoding="utf-8-sig") as stream:
+        with open_regular(file, "r", encoding="utf-8-sig") as stream:
             text = stream.read(CHUNK).lstrip()
             if not text.startswith("["):
                 raise DataError(file, "", "not a JSON list of records; download the tables again")
@@ -154,6 +158,8 @@ def _records(file: Path) -> Iterator[dict]:
                     continue
                 number += 1
                 yield record
+    except RecursionError:
+        raise DataError(file, f"record {number + 1}", "is nested too deeply; download the tables again") from None
     except UnicodeDecodeError:
         raise DataError(file, "", "not UTF-8 text; download the tables again") from None
     except OSError as error:
@@ -184,6 +190,23 @@ def _numbers(record, field, count):
     return values
 
 
+def _text(record, field):
+    value = record[field]
+    if not isinstance(value, str):
+        raise TypeError(f"{field} {value!r} is not text")
+    os.fsencode(value)  # UnicodeEncodeError for half of a surrogate pair
+    return value
+
+
+def _pose(record):
+    """(rotation w, x, y, z, translation) of a record, finite, the rotation not zero. Raises ValueError."""
+    rotation, translation = np.array(_numbers(record, "rotation", 4), float), _numbers(record, "translation", 3)
+    translation = np.array(translation, float)
+    if not (np.isfinite(rotation).all() and np.isfinite(translation).all() and rotation.any()):
+        raise ValueError(f"no valid pose: rotation {rotation.tolist()}, translation {translation.tolist()}")
+    return rotation, translation
+
+
 def _append(columns, row):
     for name, value in row.items():
         columns[name].append(value)
@@ -195,12 +218,12 @@ def _read_samples(folder):
 
     def read_scene(record):
         scene_rows[record["token"]] = len(names)
-        names.append(record["name"])
+        names.append(_text(record, "name"))
 
     def read_sample(record):
         scene.append(scene_rows[record["scene_token"]])
         time.append(record["timestamp"])
-        rows[record["token"]] = len(rows)
+        rows[_text(record, "token")] = len(rows)
 
     _for_each(folder, "scene", read_scene)
     _for_each(folder, "sample", read_sample)
@@ -222,8 +245,8 @@ def _read_calibrations(folder):
     def read_calibration(record):
         channel = channels[record["sensor_token"]]
         rows[record["token"]] = len(rows), channel
-        rotation.extend(_numbers(record, "rotation", 4))
-        translation.extend(_numbers(record, "translation", 3))
+        for values, added in zip((rotation, translation), _pose(record)):
+            values.extend(added)
         is_camera = 0 <= channel < len(CAMERAS)
         for line in _numbers(record, "camera_intrinsic", 3) if is_camera else [[0, 0, 0]] * 3:
             if len(line) != 3:
@@ -255,8 +278,12 @@ def _read_frames(folder, sample_rows, calibration_rows):
         row = {"sample": sample_rows[record["sample_token"]], "calibration": calibration, "pose": pose}
         row |= {"channel": channel, "key": is_key_frame, "height": record["height"], "width": record["width"]}
         _append(columns, row)
+        if not all(0 <= record[side] < 1 << 15 for side in ("height", "width")):
+            raise ValueError(f"the image cannot be {record['width']} x {record['height']}")
+        if not is_inside(record["filename"]):
+            raise ValueError(f"filename {record['filename']} is not in the folder of the data")
         paths.append(os.fsencode(record["filename"]))
-        previous.append(record["prev"])
+        previous.append(_text(record, "prev"))
         rows[record["token"]] = len(rows)
 
     _for_each(folder, "sample_data", read_frame)
@@ -275,7 +302,7 @@ def _read_poses(folder, pose_rows):
     def read_pose(record):
         row = pose_rows.get(record["token"])
         if row is not None:
-            rotation[row], translation[row] = _numbers(record, "rotation", 4), _numbers(record, "translation", 3)
+            rotation[row], translation[row] = _pose(record)
             is_missing[row] = False
 
     _for_each(folder, "ego_pose", read_pose)
@@ -329,7 +356,7 @@ def _read_annotations(folder, sample_rows, sample_time):
         center.extend(_numbers(record, "translation", 3))
         rotation.extend(_numbers(record, "rotation", 4))
         size.extend(_numbers(record, "size", 3))
-        links.append((record["prev"], record["next"]))
+        links.append((_text(record, "prev"), _text(record, "next")))
         rows[record["token"]] = len(rows)
 
     _for_each(folder, "sample_annotation", read_annotation)

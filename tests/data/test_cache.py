@@ -52,8 +52,7 @@ def test_a_truncated_file_is_an_error(tmp_path, size, share):
 
 def test_arrays_of_objects_are_an_error(tmp_path):
     """Loading them would unpickle, which can run any code."""
-    (tmp_path / "arrays").mkdir()
-    np.save(tmp_path / "arrays/a.npy", np.array([print], dtype=object))
+    assert save_arrays(tmp_path / "arrays", {"a": np.array([print], dtype=object)})
     with pytest.raises(ValueError, match="allow_pickle"):
         load_arrays(tmp_path / "arrays")
 
@@ -61,3 +60,13 @@ def test_arrays_of_objects_are_an_error(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     assert not save_arrays(tmp_path / "file" / "arrays", {"a": np.arange(3)})
+
+
+@pytest.mark.parametrize("place", [20, -1])  # in the header, in the values
+def test_a_changed_byte_is_an_error(tmp_path, place):
+    save_arrays(tmp_path / "arrays", {"a": np.arange(20), "b": np.arange(3)})
+    content = bytearray((tmp_path / "arrays/a.npy").read_bytes())
+    content[place] ^= 1
+    (tmp_path / "arrays/a.npy").write_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        load_arrays(tmp_path / "arrays")

@@ -39,6 +39,8 @@ def test_the_fourth_column_is_kept(tmp_path):
     [
         ("focal 5", "is no camera matrix: 9 or 12 numbers"),
         ("[[1, 2], 3]", "is no camera matrix"),
+        ("[" * 200_000, "is no camera matrix"),
+        (f"[{'9' * 400}]", "is no camera matrix"),
         ('{"fx": 3}', "is no camera matrix"),
         ("1 2 3", "has 3 numbers"),
         ("0 0 1 0 5 1 0 0 1", "is no camera matrix: rows fx 0 cx, 0 fy cy, 0 0 1 are expected"),

@@ -14,6 +14,9 @@ def test_labels_file(tmp_path):
         (b"cat\ndog\ncat\n", "repeated: cat"),
         (b"\nBACKGROUND\n", "no class name"),
         (b"caf\xe9\n", "not UTF-8"),
+        (b"a\x1b[2J\n", "class name .* has a control character; rename the class"),
+        (b"x" * 300, "longer than 200 bytes"),
+        (b"".join(b"%d\n" % number for number in range(100_001)), "has 100001 class names, more than 100000"),
     ):
         file.write_bytes(content)
         with pytest.raises(DataError, match=reason):

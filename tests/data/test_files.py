@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from data import DataError
-from data.files import is_true, missing_files, missing_images, read_lines, shortened
+from data.files import are_inside, is_inside, is_true, missing_files, missing_images, read_lines, shortened
+from data.packed import PackedPaths
 
 
 def test_lines_of_a_text_file(tmp_path):
@@ -35,3 +36,15 @@ def test_missing_files(tmp_path):
     (tmp_path / "b.jpg").touch()
     missing = missing_files(str(tmp_path), ["sub/a.jpg", "sub/c.jpg", "b.jpg", "none/d.jpg", "e.jpg"], [0, 1, 2, 3])
     assert missing.dtype == np.int32 and missing.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        *(("a.jpg", True), ("b/../a.jpg", True), ("./a..b/c", True), ("..a", True), ("", True)),
+        *(("..", False), ("../a.jpg", False), ("b/../../a.jpg", False), ("/etc/passwd", False), ("a\0b", False)),
+    ],
+)
+def test_files_that_annotations_name_are_in_the_folder(name, inside):
+    assert is_inside(name) == inside
+    assert are_inside(PackedPaths(["x.jpg", name, "y.jpg"])) == inside

@@ -174,3 +174,28 @@ def test_truncated_files(tmp_path, kind):
             read_image(path)
         assert str(error.value).startswith(f"{path}: cannot be read as an image: ")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("width", "height"), [(50_000, 50_000), (1_000_000_000, 1)])
+def test_decompression_bombs_are_refused(tmp_path, width, height):
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(1000)))]
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, body in [*parts, (b"IEND", b"")]:
+        content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    (tmp_path / "a.png").write_bytes(content)
+    for read in (read_image, image_size):
+        with pytest.raises(DataError, match=r"cannot be read as an image: .*decompression bomb"):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("error", [IndexError, TypeError, struct.error, KeyError, ZeroDivisionError, EOFError])
+def test_what_decoders_raise_at_damaged_files(tmp_path, monkeypatch, error, pixels):
+    """A GIF with a changed byte raised an IndexError, for example."""
+
+    def broken(self):
+        raise error("inside Pillow")
+
+    Image.fromarray(pixels).save(tmp_path / "a.bmp")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", broken)
+    with pytest.raises(DataError, match=r"cannot be read as an image: .*inside Pillow"):
+        read_image(tmp_path / "a.bmp")

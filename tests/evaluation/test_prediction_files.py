@@ -134,7 +134,7 @@ def test_images_and_classes_that_are_not_in_the_annotations(tmp_path, images, na
         prediction_files.coco_ids(path, [Path(image) for image in images], names)
 
 
-@pytest.mark.parametrize("text", ["no JSON", "[]", '{"images": [], "categories": [{"id": 1}]}'])
+@pytest.mark.parametrize("text", ["no JSON", "[]", '{"images": [], "categories": [{"id": 1}]}', "[" * 200_000])
 def test_what_is_no_coco_file(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match="is not a COCO annotation file"):

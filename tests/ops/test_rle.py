@@ -68,3 +68,10 @@ def test_invalid_segmentations(segmentation, reason):
     for form in (segmentation, rle.compact(segmentation)):
         with pytest.raises(ValueError, match=reason):
             rle.from_coco(form, SIZE)
+
+
+def test_a_polygon_longer_than_any_outline_is_refused():
+    """pycocotools would take memory for every pixel of it."""
+    zigzag = [x for n in range(40) for x in (0, 0, 100_000, 100_000)]
+    with pytest.raises(ValueError, match="perimeter"):
+        rle.from_coco([zigzag], (100_000, 100_000))

@@ -57,7 +57,7 @@ def test_size(parser, capsys):
     assert parser.parse([]).size is None
     assert parser.parse(["a.jpg", "--size", "512"]).size == [512, 512]
     assert parser.parse(["--size", "160", "224", "--labels", "b"]).size == [160, 224]
-    assert refusal(parser, ["--size", "1", "2", "3"], capsys).endswith("--size 1 2 3: give one number, or two")
+    assert refusal(parser, ["--size", "16", "32", "64"], capsys).endswith("--size 16 32 64: give one number, or two")
     assert refusal(parser, ["--size", "512", "a.jpg"], capsys).endswith(
         "argument --size: 'a.jpg' is not a whole number"
     )
@@ -325,3 +325,35 @@ def test_flags_of_all_scripts_have_their_former_spellings():
     former += " --val-intervals 2 --save-point 3,4"
     new = "--epochs 3 --lr 1 --model-dir x --workers 1 --log-every 5 --milestones 1,2 --validation-epochs 2"
     assert small_run.flags(former) == small_run.flags(f"{new} --save-epochs 3,4")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("--seed 100000000000000000000000", "--seed -1", "--milestones nan", "--milestones 1e300", "--t-max 1e308"),
+        *("--epochs 1000000000000000000", "--batch-size 1000000000000", "--workers 1000000", "--lr nan", "--lr inf"),
+        *("--size 1000000", "--size 1", "--warmup-steps 99999999999999", f"--model-dir {'m' * 5000}"),
+        *(f"--resume a/{'b' * 300}", f"--epochs {'9' * 100_000}", "--monitor \x1b[2J" + "x" * 300),
+    ],
+)
+def test_absurd_values_are_refused_by_one_line(parser, capsys, words):
+    cli.add_weights_arguments(parser, "of the input")
+    line = refusal(parser, words.split(), capsys)
+    assert words.split()[0] in line and len(line) < 5000 and "\x1b" not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("data = " + "[" * 100_000, "not a TOML file"),
+        ("seed = " + "9" * 10_000, "not a TOML file"),
+        ('data = ["a\\u0000b"]', "data: has a null byte"),
+    ],
+)
+def test_hostile_recipes(parser, recipe, capsys, text, reason):
+    assert reason in refusal(parser, recipe(text), capsys)
+
+
+def test_a_recipe_that_is_no_regular_file(parser, capsys, tmp_path):
+    assert "Is a directory" in refusal(parser, ["--config", str(tmp_path)], capsys)
+    assert "not a regular file" in refusal(parser, ["--config", "/dev/zero"], capsys)

@@ -279,3 +279,9 @@ def test_tensorboard_that_cannot_begin(tmp_path, run, capsys, monkeypatch):
     run_to(tmp_path, run, 0, 4)
     assert [line["step"] for line in lines(tmp_path)] == [2, 4]
     assert capsys.readouterr().out.count("until a resume TensorBoard shows no more of this run") == 1
+
+
+def test_lines_nested_too_deeply_are_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + "[" * 200_000 + '\n{"step": 2}\n')
+    logger.drop_later(tmp_path / "metrics.jsonl", 5)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -53,3 +53,10 @@ def test_a_file_that_cannot_be_written_has_the_remedy_of_its_reason(number, reme
     assert line.startswith(f"a/b.pt: not written: {os.strerror(number)}; {remedy}") and line.endswith(", then go on")
     assert ("disk space" in line) == (number in (errno.ENOSPC, errno.EDQUOT))
     assert str(WriteError("a", OSError("3 requested and 2 written"))).startswith("a: not written: 3 requested and 2 ")
+
+
+def test_what_a_file_contains_cannot_write_to_the_terminal():
+    error = DataError("a\x1b[2J.xml", "object\n3", "class \ud800 \u202e\x9b", "box")
+    assert str(error) == r"a\x1b[2J.xml: object\n3: class \ud800 \u202e\x9b"
+    assert str(UsageError("--data: né 日本")) == "--data: né 日本"
+    assert len(str(UsageError("x" * 10**6))) < 5000

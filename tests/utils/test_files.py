@@ -1,12 +1,13 @@
 import csv
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from utils import files
-from utils.errors import WriteError
+from utils.errors import DataError, WriteError
 
 
 class KilledError(Exception):
@@ -78,3 +79,23 @@ def test_a_second_name_replaces_what_had_it(tmp_path, monkeypatch, links):
     assert target.read_text() == source.read_text() == "new"
     assert target.samefile(source) == links
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes in folders")
+def test_pipes_and_devices_are_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    signal.alarm(20)  # opening a pipe waits for its other end
+    try:
+        for path in (tmp_path / "pipe", "/dev/zero"):
+            with pytest.raises(OSError, match="not a regular file"):
+                files.open_regular(path)
+            with pytest.raises(DataError, match="cannot be read: not a regular file but a pipe or a device"):
+                list(files.read_lines(path))
+    finally:
+        signal.alarm(0)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_names_that_no_file_has(name):
+    with pytest.raises(DataError, match="cannot be read: not the name of a file"):
+        list(files.read_lines(name))

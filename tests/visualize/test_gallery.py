@@ -136,3 +136,12 @@ def test_an_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "out" / gallery.OWN_FILES).mkdir(parents=True)
     with pytest.raises(WriteError, match=r"--out .*out: not written: Is a directory; move away the file or folder"):
         Gallery(tmp_path / "out")
+
+
+@pytest.mark.parametrize("stem", ["../../x", "/x", "a\\..\\x", "x\n\0y", "x" * 300])
+def test_names_from_annotations_stay_in_the_folder(tmp_path, stem):
+    """A scene of nuScenes may have any name."""
+    output = Gallery(tmp_path / "deep/out")
+    output.add(IMAGE, stem)
+    output.close("")
+    assert len(names(tmp_path / "deep/out")) == 2 and len(list(tmp_path.rglob("*.jpg"))) == 2

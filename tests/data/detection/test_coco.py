@@ -263,3 +263,40 @@ def test_folders_that_are_not_coco_data_sets(tmp_path):
         coco.read([root], "val")
     with pytest.raises(DataError, match=r"no folder of images; expected one of .*/train2017, .*/images/train2017, "):
         coco.read([root], "train")
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        (image_item(2, height=10**6, width=10**6), "are not the size of an image"),
+        (image_item(2, file_name="../../1.jpg"), "no image in"),
+        (image_item(2, file_name="/etc/passwd"), "no image in"),
+    ],
+)
+def test_images_too_large_to_be_read_and_outside_the_folder(tmp_path, item, reason):
+    root = coco_root(tmp_path, [image_item(1), item], [annotation(1, 1)], files=[image_item(1)])
+    dataset, errors = read(root)
+    assert len(dataset) == 1 and reason in str(errors[0])
+
+
+def test_numbers_beyond_float64(tmp_path):
+    """The area of a box of whole numbers was too large for an array."""
+    boxes = [(5, 5, 10, 10), (0, 0, 10**200, 10**200), (0, 0, 10**400, 1)]
+    objects = [annotation(number, 1, box=box) for number, box in enumerate(boxes)]
+    dataset, errors = read(coco_root(tmp_path, [image_item(1)], objects))
+    assert len(dataset.labels) == 2 and "too large" in str(errors[0])
+
+
+def test_deeply_nested_json(tmp_path):
+    root = coco_root(tmp_path, [image_item(1)], [annotation(1, 1)])
+    (root / "annotations/instances_train2017.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match=r"not valid JSON: .*recursion"):
+        read(root)
+
+
+def test_class_names_with_control_characters(tmp_path):
+    categories = [{"id": 1, "name": "a\x1b[2J"}]
+    coco_root(tmp_path, [image_item(1)], [annotation(1, 1, category=1)], categories)
+    coco_root(tmp_path, [image_item(1)], [annotation(1, 1, category=1)], categories, name="val2017")
+    with pytest.raises(DataError, match="has a control character; rename the class"):
+        detection.load("coco", [tmp_path])

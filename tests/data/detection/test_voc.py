@@ -224,3 +224,27 @@ def test_blood_cells(shared):
     assert len(train.labels) + len(val.labels) == 4888 - 2
     assert sorted(error.path.rsplit("/", 1)[1] for error in errors) == ["BloodImage_00338.xml", "BloodImage_00343.xml"]
     assert all(error.kind == "box" and "has no area" in error.reason for error in errors)
+
+
+@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "{}/secret"])
+def test_names_that_lead_out_of_the_folder_are_not_opened(tmp_path, name):
+    """Not even where the file of that name is a valid annotation."""
+    name = name.format(tmp_path)
+    root = voc_root(tmp_path / "voc/sub", {"a": xml(item())}, lines=["a", name])
+    for folder in (root, tmp_path / "voc/sub/Annotations/.."):
+        (folder / "secret.xml").write_text(xml(item()))
+    Image.new("RGB", (100, 80)).save(root / "JPEGImages/secret.jpg")
+    dataset, errors = read(root)
+    assert len(dataset) == 1
+    assert "is not in the folder of the data" in str(errors[0]) and errors[0].place == "line 2"
+
+
+def test_a_name_of_300_characters(tmp_path):
+    dataset, errors = read(voc_root(tmp_path, {"a": xml(item())}, lines=["a", "b" * 300]))
+    assert len(dataset) == 1 and f"{'b' * 300}: no " in str(errors[0])
+
+
+def test_entities_are_refused(tmp_path):
+    text = '<!DOCTYPE a [<!ENTITY x "cat">]>' + xml(item("&x;"))
+    dataset, errors = read(voc_root(tmp_path, {"a": text, "b": xml(item())}))
+    assert len(dataset) == 1 and "has a DOCTYPE, which may define entities; remove it" in str(errors[0])

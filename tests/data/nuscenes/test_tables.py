@@ -7,7 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
+from data.cache import load_arrays, save_arrays
 from data.nuscenes import tables
+from data.packed import PackedPaths
 from tests.small_nuscenes import SmallNuScenes
 from utils.errors import DataError
 
@@ -149,3 +151,48 @@ def test_a_version_that_is_not_there(small):
         DataError, match=r"v1\.0-trainval: no such folder of tables; versions in .*: v1\.0-mini; choose"
     ):
         tables.load(small.root, "v1.0-trainval")
+
+
+@pytest.mark.parametrize(
+    ("table", "changes", "reason"),
+    [
+        ("sample_data", {"filename": "../../../../etc/passwd"}, "filename .* is not in the folder of the data"),
+        ("sample_data", {"filename": "/etc/passwd"}, "filename .* is not in the folder of the data"),
+        ("sample_data", {"height": 70000}, "the image cannot be 160 x 70000"),
+        ("sample_data", {"prev": [1]}, r"prev \[1\] is not text"),
+        ("sample", {"token": 7.5}, "token 7.5 is not text"),
+        ("sample", {"token": "\ud800"}, "surrogates not allowed"),
+        ("scene", {"name": ["a"]}, r"name \['a'\] is not text"),
+        ("calibrated_sensor", {"rotation": [0, 0, 0, 0]}, "no valid pose"),
+        ("ego_pose", {"translation": [float("nan"), 0, 0]}, "no valid pose"),
+        ("sample_annotation", {"next": {}}, "next {} is not text"),
+    ],
+)
+def test_hostile_records(small, tmp_path, table, changes, reason):
+    shutil.copytree(small.root / "v1.0-mini", tmp_path / "v1.0-mini")
+    file = tmp_path / "v1.0-mini" / f"{table}.json"
+    records = json.loads(file.read_text())
+    records[2 % len(records)] |= changes  # of a camera's key frame, of whose frames the first two are not used
+    file.write_text(json.dumps(records))
+    with pytest.raises(DataError, match=reason):
+        tables.load(tmp_path, "v1.0-mini")
+
+
+def test_deeply_nested_tables(small, tmp_path):
+    shutil.copytree(small.root / "v1.0-mini", tmp_path / "v1.0-mini")
+    (tmp_path / "v1.0-mini/scene.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        tables.load(tmp_path, "v1.0-mini")
+
+
+def test_a_cache_whose_paths_leave_the_folder_is_not_used(small, tmp_path, capsys):
+    """It may have come with the data."""
+    cache = tmp_path / "cache"
+    whole = tables.load(small.root, "v1.0-mini", cache)
+    (folder,) = cache.iterdir()
+    arrays = load_arrays(folder)
+    paths = PackedPaths(["../secret.jpg", *map(whole.frame_paths.__getitem__, range(1, len(whole.frame_paths)))])
+    assert save_arrays(folder, arrays | {"frame_paths": paths.content, "frame_paths_first": paths.first})
+    again = tables.load(small.root, "v1.0-mini", cache)
+    assert again.frame_paths[0] == whole.frame_paths[0]
+    assert "damaged" in capsys.readouterr().out
