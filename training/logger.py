@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -37,9 +38,13 @@ class Logger:
     total_steps   of the whole run
     first_step    steps completed before (a resume). Later steps that an earlier process logged are dropped, so that
                   each step is logged once
+    state         `state_dict` after these steps
+    validates     the validation of first_step follows: what was logged of it is dropped too, and its losses are logged
+                  again from `state`
     batch_size    images per step
     flags         plain values. `log_level` "warning": no line per step and no bar; "debug": prints the flags too
     image_path    image_path(image_id) is the file of a training image, for the report of a non-finite loss
+    remedy        remedy(step) says how to go on after a non-finite loss at that step
     enabled       False: nothing is written or printed
 
     metrics, evaluators   of the last validation
@@ -51,24 +56,28 @@ class Logger:
         run: Run,
         total_steps: int,
         first_step: int = 0,
+        state: Mapping[str, Any] | None = None,
+        validates: bool = False,
         batch_size: int = 1,
         flags: Mapping[str, Any] | None = None,
         image_path: Callable[[int], str] | None = None,
+        remedy: Callable[[int], str] | None = None,
         enabled: bool = True,
     ):
-        flags = dict(flags or {})
-        self.folder, self.run, self.total_steps = folder, run, total_steps
+        flags, state = dict(flags or {}), state or {}
+        self.folder, self.run, self.total_steps, self.remedy = folder, run, total_steps, remedy
         self.batch_size, self.image_path, self.enabled = batch_size, image_path, enabled and run.is_main
         self.metrics, self.evaluators = {}, []
         self.quiet = flags.get("log_level") == "warning"
         self.meter = Meter(MAX_NONFINITE if run.scaler.is_enabled() else 0)
         self._loss_names = ()
         self._logged_step = first_step  # the last step whose losses were logged
-        self._recent = deque()  # (loss, steps) of the latest log lines, for the running loss
+        self._recent = deque(state.get("recent", ()))  # (loss, steps) of the latest log lines, for the running loss
+        self._losses = state.get("losses", {})  # the last log line with losses
         self._clock_start, self._waited = time.perf_counter(), 0.0  # waited: seconds since then, for data
         hidden = None if self.enabled and not self.quiet else True  # None: no bar if stderr is not a terminal
         self._bar = tqdm(total=total_steps, initial=first_step, disable=hidden, unit="step", dynamic_ncols=True)
-        self._metrics = self._board = None
+        self._metrics = self._board = self._steps = None
         if not self.enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and workers never need it
@@ -76,13 +85,18 @@ class Logger:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "flags.json", flags, indent=1)
         files.write_json(folder / "versions.json", versions(), indent=1)
-        drop_later(folder / "metrics.jsonl", first_step)
+        last_step = first_step - validates  # whose lines stay
+        drop_later(folder / "metrics.jsonl", last_step)
+        for path in folder.glob("events.out.tfevents.*"):
+            drop_later_events(path, last_step)
         self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, see close()
-        self._board = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
+        self._board = SummaryWriter(str(folder), purge_step=last_step + 1 if last_step else 0)
         rows = [f"| {name} | `{value}` |" for name, value in sorted(flags.items())]
         self._board.add_text("flags", "\n".join(["| flag | value |", "| --- | --- |", *rows]), first_step)
         if flags.get("log_level") == "debug":
             self._print(json.dumps(flags, indent=1, default=str))
+        if validates:
+            self.log(first_step, self._losses)
 
     def __enter__(self):
         return self
@@ -91,12 +105,25 @@ class Logger:
         self.close()
 
     def close(self) -> None:
-        for sink in (self._bar, self._metrics, self._board):
+        for sink in (self._steps, self._bar, self._metrics, self._board):
             if sink is not None:
                 sink.close()
 
+    def flush(self) -> None:
+        """Hand what TensorBoard has not got yet to the operating system, so that it outlives this process."""
+        if self._board is not None:
+            self._board.flush()
+
+    def state_dict(self) -> dict:
+        """What the log of a process that continues the run starts from, plain values."""
+        return {"recent": list(self._recent), "losses": self._losses}
+
     def steps(self, loader: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items of `loader`, one per step, with a progress bar; measures the wait for each."""
+        """An iterator over the items of `loader`, one per step, with a progress bar; measures the wait for each."""
+        self._steps = self._timed(loader)  # `close` ends it, and with it the processes of the loader
+        return self._steps
+
+    def _timed(self, loader):
         self._clock_start = waiting_since = time.perf_counter()
         for item in loader:
             self._waited += time.perf_counter() - waiting_since
@@ -163,7 +190,7 @@ class Logger:
             values = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
             report = {"step": step, "images": images, "paths": paths, "losses": values, "lr": lr}
             files.write_json(self.folder / "nan_report.json", report, indent=1)
-        raise NonFiniteLoss(step, images, losses, paths)
+        raise NonFiniteLoss(step, images, losses, paths, self.remedy(step) if self.remedy else "")
 
     def log(self, step: int, values: Mapping[str, Any], images: int | None = None) -> None:
         """Write `values` (tag -> float or 0-d tensor) for `step`.
@@ -181,6 +208,7 @@ class Logger:
             values["speed/peak_memory_mb"] = (memory.peak_gpu() or memory.peak_ram()) / memory.MB
             self._clock_start, self._waited = time.perf_counter(), 0.0
             memory.reset_peak()
+            self._losses = values
         line = {"step": step} | {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
@@ -200,10 +228,13 @@ class Logger:
         images: Iterable[tuple[str, torch.Tensor]] = (),
     ) -> None:
         """Log a validation: metrics as val/..., images (name, uint8 [3,H,W]), the evaluators' precision-recall curves;
-        let the evaluators write their files into the run folder."""
+        let the evaluators write their files into the run folder. A loss that is not finite is printed as a warning."""
         self.metrics, self.evaluators = metrics, evaluators
         if not self.enabled:
             return
+        bad = {name: value for name, value in metrics.items() if "loss" in name and not math.isfinite(value)}
+        for name, value in bad.items():
+            self._print(f"WARNING: val/{name} is {value} at step {step}: use a lower learning rate if that persists")
         self.log(step, {f"val/{name}": value for name, value in metrics.items()})
         for evaluator in evaluators:
             evaluator.write(self.folder)
@@ -263,6 +294,23 @@ def drop_later(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     files.write_text(path, "".join(lines))
+
+
+def drop_later_events(path: Path, step: int) -> None:
+    """Cut a TensorBoard file before its first event after `step`, or one cut short by a kill.
+
+    The purge_step of a SummaryWriter does the same for a TensorBoard that has read them, but not all readers heed it.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event  # slow to import
+
+    size, end = path.stat().st_size, 0
+    with open(path, "r+b") as file:
+        while len(head := file.read(12)) == 12:  # a record: length, checksum, event, checksum
+            length = int.from_bytes(head[:8], "little")
+            if end + length + 16 > size or Event.FromString(file.read(length)).step > step:
+                break
+            end = file.seek(4, os.SEEK_CUR)
+        file.truncate(end)
 
 
 def _git(folder, *command):
