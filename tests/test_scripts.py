@@ -35,7 +35,7 @@ COMPARABLE = {
 }
 DIVERGING = {
     "backbone": "--lr 1e30 --freeze-bn",
-    "retinanet": "--lr 1e30 --clip-norm 0 --optimizer sgd",
+    "retinanet": "--lr 1e12 --clip-norm 0 --optimizer sgd",
     "ssd": "--lr 1e30 --backbone-lr 1e30 --warmup-steps 0",
     "centerfusion": "--lr 1e30 --optimizer sgd",
     "maskrcnn": "--lr 1e30 --backbone-lr 1e30 --warmup-steps 0",

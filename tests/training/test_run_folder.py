@@ -327,12 +327,9 @@ def test_what_is_not_finite_is_not_saved(tmp_path, run, part, name):
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     folder.progress.step = 3
     spoil(parts, part)
-    remedy = (
-        "continue from step 2 with --resume auto and a lower --lr, such as 0.05; if that fails again, with --resume "
-    )
-    with pytest.raises(
-        UsageError, match=f"^{name} is not finite after step 3, which is not saved; {remedy}{tmp_path / 'previous.pt'}$"
-    ):
+    remedy = "continue from step 2 with --resume auto and a lower --lr, such as 0.05; if that fails again, with "
+    remedy += f"--resume {tmp_path / 'previous.pt'}"
+    with pytest.raises(UsageError, match=f"^{name} is not finite after step 3, which is not saved; {remedy}$"):
         folder.save()
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
