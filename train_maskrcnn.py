@@ -190,7 +190,19 @@ def main(argv=None):
 
     # train
     with run_folder.logger(plan, train_set) as logger, StopSignals(run) as stop, memory.advice(run, args, size):
-        for images, targets in logger.steps(train_loader):
+        batches, due = logger.steps(train_loader), plan.start(progress)
+        while True:
+            if due.validate:  # after the step before, which may be that of an interrupted run
+                with ema.applied(), logger.paused():
+                    metrics, evaluators, samples = validate(val_loader, val_set, new_evaluator(), num_samples=4)
+                    progress.record(metrics[monitor], cli.higher_is_better(monitor))
+                optim.set_train_mode(net, frozen, args.freeze_bn)
+                images = draw2d.truth_and_predictions(samples, net.classes)
+                logger.log_validation(progress.step, metrics, evaluators, images)
+                run_folder.save()
+            if due.stop or plan.is_stale(progress):
+                break
+            images, targets = next(batches)
             plan.set_lr(optimizer, progress.step)
             image_ids, shapes = ([target[name] for target in targets] for name in ("image_id", "shape"))
             images = normalize(images.to(run.device, non_blocking=True), net.image_mean, net.image_std, shapes)
@@ -211,18 +223,8 @@ def main(argv=None):
             due = plan.advance(progress, stop.requested())
             if due.log:
                 plan.record_loss(due, logger.log_losses(progress.step, optimizer))
-            if due.validate:
-                run_folder.save()  # if the validation is killed, no step is lost
-                with ema.applied(), logger.paused():
-                    metrics, evaluators, samples = validate(val_loader, val_set, new_evaluator(), num_samples=4)
-                    progress.record(metrics[monitor], cli.higher_is_better(monitor))
-                optim.set_train_mode(net, frozen, args.freeze_bn)
-                images = draw2d.truth_and_predictions(samples, net.classes)
-                logger.log_validation(progress.step, metrics, evaluators, images)
             if due.save:
-                run_folder.save(due.copies)
-            if due.stop or (args.patience and progress.stale >= args.patience):
-                break
+                run_folder.save()  # before the validation, so that a kill during it loses no step
     return run_folder.finish(stop, logger.metrics, logger.evaluators)
 
 

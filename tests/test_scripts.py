@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ import models
 from tests import two_processes
 from tests.script_helpers import FLAGS, Script, copy_writable, fingerprint, last, launch, log_lines, wait_for
 from training import distributed
+from training.checkpoint import Progress
+from training.finite import first_nonfinite
+from training.logger import Logger
 from training.meter import NonFiniteLoss
 from utils.errors import DataError, UsageError
 
@@ -31,7 +35,7 @@ COMPARABLE = {
 }
 DIVERGING = {
     "backbone": "--lr 1e30 --freeze-bn",
-    "retinanet": "--lr 1e30 --clip-norm 0 --optimizer sgd",
+    "retinanet": "--lr 1e12 --clip-norm 0 --optimizer sgd",
     "ssd": "--lr 1e30 --backbone-lr 1e30 --warmup-steps 0",
     "centerfusion": "--lr 1e30 --optimizer sgd",
     "maskrcnn": "--lr 1e30 --backbone-lr 1e30 --warmup-steps 0",
@@ -315,14 +319,63 @@ def test_out_of_memory_names_the_next_flag(script, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_kill_during_validation_loses_no_step(script, tmp_path, monkeypatch):
-    def killed(*_, **__):
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_kill_during_validation_loses_nothing(script, run_copy, tmp_path, monkeypatch, logged):
+    """Neither a kill within it nor one after its log, before it is saved: the resumed run validates first."""
+    out, whole = tmp_path / "killed", {path.name for path in run_copy.iterdir() if "tfevents" not in path.name}
+    log_validation = Logger.log_validation
+
+    def killed(*args, **options):
+        if logged:
+            log_validation(*args)
         raise InterruptedError
 
-    monkeypatch.setattr(script.module, "evaluate", killed)
-    with pytest.raises(InterruptedError):
-        script.main(tmp_path, "--max-steps", 1)
-    assert last(tmp_path)["step"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(*(Logger, "log_validation") if logged else (script.module, "evaluate"), killed)
+        with pytest.raises(InterruptedError):
+            script.main(out, *RUN[2:], "--max-steps", STEPS, "--resume", run_copy / "step_000002.pt")
+    assert (last(out)["step"], last(out)["validation_due"]) == (STEPS, True)
+    metrics = script.main(out, *RUN, "--resume", "auto")
+    val = {tag: value for tag, value in log_lines(run_copy)[-1].items() if "val/" in tag}
+    assert {f"val/{name}": value for name, value in metrics.items()} == pytest.approx(val, nan_ok=True)
+    one, two = ([without_speed(line) for line in log_lines(folder)[-3:]] for folder in (run_copy, out))
+    assert two == one
+    assert whole - {path.name for path in out.iterdir()} == {"step_000002.pt", "previous.pt"}
+    best, again = (torch.load(folder / "best.pt", weights_only=True) for folder in (run_copy, out))
+    torch.testing.assert_close(again["model"], best["model"], rtol=0, atol=0)
+    assert {name: again[name] for name in asdict(Progress())} == {name: best[name] for name in asdict(Progress())}
+    board = EventAccumulator(str(out)).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [3, 4]
+    assert all([event.step for event in board.Images(tag)] == [4] for tag in board.Tags()["images"])
+
+
+def without_speed(line):
+    return {tag: value for tag, value in line.items() if not tag.startswith("speed/")}
+
+
+@pytest.mark.slow
+def test_a_run_that_blows_up_leaves_a_checkpoint_from_which_a_lower_rate_goes_on(drawn, tmp_path):
+    def run(step, *more):
+        script.main(tmp_path, *common, "--max-steps", step, *more)
+
+    def saved():
+        files = {path.name: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
+        for file, contents in files.items():
+            assert not first_nonfinite(contents), file
+        return {file: contents.get("step") for file, contents in files.items()}
+
+    script, common = Script("backbone", drawn("backbone")), ["--freeze-bn", "--save-every-steps", 1, "--log-every", 1]
+    run(2)
+    before = saved()
+    assert (before["last.pt"], before["previous.pt"], before["step_000002.pt"]) == (2, 1, 2)
+    with pytest.raises(UsageError, match=r"is not finite after step 3, .* step 2 with --resume auto .* such as 3\.4e"):
+        run(4, "--resume", "auto", "--lr", 3.4e38)
+    assert saved() == before
+    with pytest.raises(NonFiniteLoss, match=r"last\.pt led to it .* continue from the one before with --resume auto "):
+        run(4, "--resume", "auto", "--lr", 1e30)  # the weights of step 3 are finite, the loss with them is not
+    assert saved()["last.pt"] == 2 and saved()["diverged.pt"] == 3
+    run(4, "--resume", "auto")
+    assert saved()["last.pt"] == 4
 
 
 @pytest.mark.slow

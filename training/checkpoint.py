@@ -1,9 +1,9 @@
 """Checkpoints: files that hold all that a run needs to continue exactly, and that are read safely.
 
-A checkpoint is a flat dict: `format_version`, state dicts by name (model, optimizer, scaler, ema, plateau), the fields
-of Progress (step, epoch, best, best_step, stale), plain values (architecture, arguments, classes, flags ...), and a
-`checksum` over all of them, see utils.torch_files. utils.checkpoint_fields has the kinds and ranges of the fields. It
-is always read with `weights_only=True`: code in a file is never run.
+A checkpoint is a flat dict: `format_version`, state dicts by name (model, optimizer, scaler, ema, plateau, log), the
+fields of Progress (step, epoch, best, best_step, stale, validation_due), plain values (architecture, arguments,
+classes, flags ...), and a `checksum` over all of them, see utils.torch_files. utils.checkpoint_fields has the kinds and
+ranges of the fields. It is always read with `weights_only=True`: code in a file is never run.
 
     python -m training.checkpoint RUN/last.pt      # epoch, step, sha256 of model and optimizer
 """
@@ -34,6 +34,7 @@ FLAG_OF_PART = {"scaler": "--precision", "ema": "--ema", "plateau": "--scheduler
 FLAG_OF_ARGUMENT = {"radar": "--pointcloud", "threshold": "--frustum", "max_distance": "--max-pc-dist"}
 FLAG_OF_ARGUMENT |= {"depth": "--arch"}
 FORMER_ARGUMENTS = {"priors": "scaled"}  # what checkpoints mean that are older than these arguments
+FORMER_PROGRESS = {"validation_due": False}  # what checkpoints mean that are older than these fields of Progress
 FREE_ARGUMENTS = {"proposals"}  # may differ from the checkpoint's: the weights mean the same
 # sizes of the images in evaluation, see models.describe, and the flags that set them
 FLAG_OF_SIZE = {"image_size": "--resolution (a backbone's --val-resolution, CenterFusion's --input-size)"}
@@ -49,13 +50,14 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     stale: int = 0  # validations since the best one, for --patience
+    validation_due: bool = False  # of the weights at `step`; they were saved before it
 
     def record(self, value: float, higher_is_better: bool) -> bool:
-        """Record a validation at the current step; returns whether it is the best so far. NaN never is."""
-        value = float(value)
-        if self.best is None:
-            better = not math.isnan(value)
-        else:
+        """Record the validation of the current step; returns whether it is the best so far. NaN and infinity never
+        are."""
+        value, self.validation_due = float(value), False
+        better = math.isfinite(value)
+        if better and self.best is not None:
             better = value > self.best if higher_is_better else value < self.best
         if better:
             self.best, self.best_step, self.stale = value, self.step, 0
@@ -98,7 +100,7 @@ def read(path: str | Path) -> dict:
     torch_files.check_finite(path, contents.get("model", {}))
     if contents.get("ema"):
         torch_files.check_finite(f"{path}: ema", contents["ema"]["model"])
-    return {"flags": {}, **contents, "file": str(path)}
+    return {**FORMER_PROGRESS, "flags": {}, **contents, "file": str(path)}
 
 
 def restore(saved: Mapping[str, Any], parts: Mapping[str, Any], for_evaluation: bool = False) -> Progress:

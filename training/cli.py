@@ -231,7 +231,7 @@ def number(kind: type, min_: float, below: float | None = None, max_: float | No
 
 MAX_COUNT = 10**9  # of steps, epochs and images
 count, positive = number(int, 0, max_=MAX_COUNT), number(int, 1, max_=MAX_COUNT)
-MIN_SIDE, MAX_SIDE = 16, 1 << 14  # pixels of a network's input
+MIN_SIDE, MAX_SIDE = 16, 8192  # pixels of a network's input
 pixels = number(int, MIN_SIDE, max_=MAX_SIDE)
 seed = number(int, 0, max_=2**63 - 1)
 non_negative, probability = number(float, 0), number(float, 0, max_=1)

@@ -39,9 +39,13 @@ class Logger:
     total_steps   of the whole run
     first_step    steps completed before (a resume). Later steps that an earlier process logged are dropped, so that
                   each step is logged once
+    state         `state_dict` after these steps
+    validates     the validation of first_step follows: what was logged of it is dropped too, and its losses are logged
+                  again from `state`
     batch_size    images per step
     flags         plain values. `log_level` "warning": no line per step and no bar; "debug": prints the flags too
     image_path    image_path(image_id) is the file of a training image, for the report of a non-finite loss
+    remedy        remedy(step) says how to go on after a non-finite loss at that step
     enabled       False: nothing is written or printed
 
     metrics, evaluators   of the last validation
@@ -53,36 +57,43 @@ class Logger:
         run: Run,
         total_steps: int,
         first_step: int = 0,
+        state: Mapping[str, Any] | None = None,
+        validates: bool = False,
         batch_size: int = 1,
         flags: Mapping[str, Any] | None = None,
         image_path: Callable[[int], str] | None = None,
+        remedy: Callable[[int], str] | None = None,
         enabled: bool = True,
     ):
-        flags = dict(flags or {})
-        self.folder, self.run, self.total_steps = folder, run, total_steps
+        flags, state = dict(flags or {}), state or {}
+        self.folder, self.run, self.total_steps, self.remedy = folder, run, total_steps, remedy
         self.batch_size, self.image_path, self.enabled = batch_size, image_path, enabled and run.is_main
         self.metrics, self.evaluators = {}, []
         self.quiet = flags.get("log_level") == "warning"
         self.meter = Meter(MAX_NONFINITE if run.scaler.is_enabled() else 0)
         self._loss_names = ()
         self._logged_step = first_step  # the last step whose losses were logged
-        self._recent = deque()  # (loss, steps) of the latest log lines, for the running loss
+        self._recent = deque(state.get("recent", ()))  # (loss, steps) of the latest log lines, for the running loss
+        self._losses = state.get("losses", {})  # the last log line with losses
         self._clock_start, self._waited = time.perf_counter(), 0.0  # waited: seconds since then, for data
         hidden = None if self.enabled and not self.quiet else True  # None: no bar if stderr is not a terminal
         self._bar = tqdm(total=total_steps, initial=first_step, disable=hidden, unit="step", dynamic_ncols=True)
-        self._metrics = self._board = None
+        self._metrics = self._board = self._steps = None
         if not self.enabled:
             return
         files.write_json(folder / "flags.json", flags, indent=1)
         files.write_json(folder / "versions.json", versions(), indent=1)
-        drop_later(folder / METRICS, first_step)
+        last_step = first_step - validates  # whose lines stay
+        drop_later(folder / METRICS, last_step)
         with files.writing(folder / METRICS):
             self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115, see close()
-        self._board = Board(folder, first_step + 1 if first_step else 0, self._print)
+        self._board = Board(folder, last_step, self._print)
         rows = [f"| {name} | `{value}` |" for name, value in sorted(flags.items())]
         self._board.add_text("flags", "\n".join(["| flag | value |", "| --- | --- |", *rows]), first_step)
         if flags.get("log_level") == "debug":
             self._print(json.dumps(flags, indent=1, default=str))
+        if validates:
+            self._log(first_step, self._losses)
 
     def __enter__(self):
         return self
@@ -92,12 +103,25 @@ class Logger:
 
     def close(self) -> None:
         with files.writing(self.folder / METRICS, "continue with --resume auto"):  # also the rest of a failed line
-            for sink in (self._bar, self._board, self._metrics):
+            for sink in (self._steps, self._bar, self._board, self._metrics):
                 if sink is not None:
                     sink.close()
 
+    def flush(self) -> None:
+        """Hand what TensorBoard has not got yet to the operating system, so that it outlives this process."""
+        if self._board is not None:
+            self._board.flush()
+
+    def state_dict(self) -> dict:
+        """What the log of a process that continues the run starts from, plain values."""
+        return {"recent": list(self._recent), "losses": self._losses}
+
     def steps(self, loader: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items of `loader`, one per step, with a progress bar; measures the wait for each."""
+        """An iterator over the items of `loader`, one per step, with a progress bar; measures the wait for each."""
+        self._steps = self._timed(loader)  # `close` ends it, and with it the processes of the loader
+        return self._steps
+
+    def _timed(self, loader):
         self._clock_start = waiting_since = time.perf_counter()
         for item in loader:
             self._waited += time.perf_counter() - waiting_since
@@ -164,7 +188,7 @@ class Logger:
             values = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
             report = {"step": step, "images": images, "paths": paths, "losses": values, "lr": lr}
             files.write_json(self.folder / "nan_report.json", report, indent=1)
-        raise NonFiniteLoss(step, images, losses, paths)
+        raise NonFiniteLoss(step, images, losses, paths, self.remedy(step) if self.remedy else "")
 
     def log(self, step: int, values: Mapping[str, Any], images: int | None = None) -> None:
         """Write `values` (tag -> float or 0-d tensor) for `step`.
@@ -178,7 +202,7 @@ class Logger:
             if self.enabled:
                 self._log(step, values, images)
 
-    def _log(self, step, values, images):
+    def _log(self, step, values, images=None):
         values = {tag: float(value) for tag, value in values.items()}
         if images is not None:
             seconds = time.perf_counter() - self._clock_start
@@ -187,6 +211,7 @@ class Logger:
             values["speed/peak_memory_mb"] = (memory.peak_gpu() or memory.peak_ram()) / memory.MB
             self._clock_start, self._waited = time.perf_counter(), 0.0
             memory.reset_peak()
+            self._losses = values
         line = {"step": step} | {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         with files.writing(self.folder / METRICS, "continue with --resume auto"):
             self._metrics.write(json.dumps(line) + "\n")
@@ -207,7 +232,7 @@ class Logger:
         images: Iterable[tuple[str, torch.Tensor]] = (),
     ) -> None:
         """Log a validation: metrics as val/..., images (name, uint8 [3,H,W]), the evaluators' precision-recall curves;
-        let the evaluators write their files into the run folder."""
+        let the evaluators write their files into the run folder. A loss that is not finite is printed as a warning."""
         self.metrics, self.evaluators = metrics, evaluators
         self.log(step, {f"val/{name}": value for name, value in metrics.items()})
         with self.run.raise_in_all():
@@ -215,6 +240,9 @@ class Logger:
                 evaluator.write(self.folder)
         if not self.enabled:
             return
+        bad = {name: value for name, value in metrics.items() if "loss" in name and not math.isfinite(value)}
+        for name, value in bad.items():
+            self._print(f"WARNING: val/{name} is {value} at step {step}: use a lower learning rate if that persists")
         for evaluator in evaluators:
             for name, (precision, recall, _) in evaluator.curves().items():
                 self._add_pr_curve(f"val/PR/{name}", precision, recall, step)

@@ -13,13 +13,17 @@ class NonFiniteLoss(UserError):
 
     step, images, losses   of that step: its number, the image ids of its batch, loss term -> float
     paths                  the files of the images, [] if unknown
+
+    The message ends with `remedy`.
     """
 
-    def __init__(self, step: int, images: Iterable[int], losses: Mapping[str, float], paths: Sequence[str] = ()):
+    def __init__(
+        self, step: int, images: Iterable[int], losses: Mapping[str, float], paths: Sequence[str] = (), remedy: str = ""
+    ):
         self.step, self.images, self.losses, self.paths = step, list(images), dict(losses), list(paths)
         terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
         shown = ", ".join(map(str, self.paths or self.images))
-        super().__init__(f"non-finite loss at step {step}: {terms}; images {shown}")
+        super().__init__(f"non-finite loss at step {step}: {terms}; images {shown}{remedy and '; '}{remedy}")
 
 
 class Meter:

@@ -24,7 +24,6 @@ class Due:
     validate: bool
     save: bool
     stop: bool
-    copies: list[str]  # names of the numbered checkpoints to keep
 
 
 class Plan:
@@ -74,8 +73,17 @@ class Plan:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.lr_scale * self.lr_factor(step) * self.plateau.factor
 
+    def start(self, progress: Progress) -> Due:
+        """What is due before the first step: the validation of a run that was interrupted before its end, and to stop
+        if no step is left."""
+        over, preflight = progress.step >= self.total_steps, self.args.preflight
+        return Due(0, 0, False, progress.validation_due and not preflight, False, over and not preflight)
+
     def advance(self, progress: Progress, stopping: bool = False) -> Due:
-        """Count a step as completed in `progress`; returns what is due after it. stopping: a signal asked to stop."""
+        """Count a step as completed in `progress`; returns what is due after it.
+
+        stopping: a signal asked to stop. A validation is then left to the run that continues this one.
+        """
         args = self.args
         progress.step = step = progress.step + 1
         epoch = self.epochs_completed(step)
@@ -85,25 +93,27 @@ class Plan:
             validate = _every(step, args.validation_steps)
         else:
             validate = _every(epoch, args.validation_epochs)
-        validate = (validate or last) and not stopping
-        copies = []
-        if _every(epoch, args.save_every_epochs) or (epoch and epoch in args.save_epochs):
-            copies.append(f"epoch_{epoch:03d}.pt")
-        if _every(step, args.save_every_steps):
-            copies.append(f"step_{step:06d}.pt")
-        save = validate or stopping or last or epoch > 0 or bool(copies)
+        progress.validation_due = validate or last
+        save = progress.validation_due or stopping or epoch > 0 or bool(self.copies(step))
         log = save or _every(step, args.log_every)
         self._steps_to_log += 1
-        due = Due(epoch, self._steps_to_log, log, validate, save, stopping or last, copies)
+        due = Due(epoch, self._steps_to_log, log, progress.validation_due and not stopping, save, stopping or last)
         if log:
             self._steps_to_log = 0
         return due
 
-    def stop_if_stale(self, progress: Progress, print: Callable[[str], object]) -> None:
-        """Leave no step to a resumed run that --patience has stopped."""
-        if self.args.patience and progress.stale >= self.args.patience and not self.args.preflight:
-            print(f"  --patience {self.args.patience} has stopped this run; to train on, give a larger one, or 0")
-            self.total_steps = progress.step
+    def copies(self, step: int) -> list[str]:
+        """Names of the numbered checkpoints to keep of `step`."""
+        args, epoch, names = self.args, self.epochs_completed(step), []
+        if _every(epoch, args.save_every_epochs) or (epoch and epoch in args.save_epochs):
+            names.append(f"epoch_{epoch:03d}.pt")
+        if _every(step, args.save_every_steps):
+            names.append(f"step_{step:06d}.pt")
+        return names
+
+    def is_stale(self, progress: Progress) -> bool:
+        """Whether --patience stops the run."""
+        return 0 < self.args.patience <= progress.stale and not self.args.preflight
 
     def record_loss(self, due: Due, loss: float) -> None:
         """Pass the mean loss since losses were last logged to --scheduler plateau."""

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from training import checkpoint, cli, memory
+from training import checkpoint, cli, finite, memory
 from training.checkpoint import Progress
 from training.distributed import Run
 from training.ema import Ema
@@ -36,13 +36,15 @@ from utils.errors import UsageError, UserError, WriteError
 WEIGHTS = "backbone.pt"  # weights alone, see RunFolder.save_weights
 EVALUATION = "evaluation.json"  # in evaluation or evaluation_SPLIT, see RunFolder.report
 NOT_ALWAYS_WRITTEN = ("per_class.csv", "confusion.csv", "pr_curves.*", "det_test_*.txt")  # beside it
+DIVERGED = "diverged.pt"  # a last.pt with which the loss is not finite
+UNFINISHED = ("new.pt", "*.*.tmp")  # left by a process that was killed while it wrote
 LOGS = ("metrics.jsonl", "nan_report.json", "events.out.tfevents.*")
 SHARED = ".shared_"  # beginning of the name of a file that exists while open_run looks whether all processes see it
 SHARED_SECONDS = 5  # time for it to appear on the other machines
 RESTART_SECONDS = 30  # time for the processes of a restarted job to end on other machines
 CONTINUE = "continue with --resume auto"
 EVALUATION_TRIES = 3  # to read the same checkpoint in all processes while a training goes on
-RUN_FILES = ("new.pt", LAST, PREVIOUS, BEST, WEIGHTS, *NUMBERED, "*.pt.tmp", "*.pt.damaged", f"{SHARED}*", *LOGS)
+RUN_FILES = (LAST, PREVIOUS, BEST, WEIGHTS, DIVERGED, *NUMBERED, *UNFINISHED, "*.pt.damaged", f"{SHARED}*", *LOGS)
 RUN_FILES += (f"evaluation*/{EVALUATION}",)
 SCORE_FLAGS = ("score_threshold", "nms_iou", "detections_per_image", "flip_test")  # they change AP, mAP, NDS
 MAP_FLAGS = ("iou_threshold", "use_2007_metric")  # they change mAP
@@ -77,6 +79,9 @@ class RunFolder:
         self.classes = (self.checkpoint or weights).get("classes")
         self.source = self.checkpoint["file"] if self.checkpoint else args.weights  # of the weights
         self.parts, self.metadata, self.progress, self.fingerprint = {}, {}, Progress(), ""
+        self._plan = self._logger = None
+        self._log_state = {}  # of the logger, in the checkpoint
+        self._saved_step = 0  # of last.pt; 0: there is none of this run yet
 
     def choose(self, flag: str, value: Any) -> Any:
         """The flag if it was given; if not (None), its value in the run that is continued, or else `value`, which is
@@ -94,12 +99,16 @@ class RunFolder:
 
         metadata   plain values that describe the model, see models.describe
 
-        UsageError if the checkpoint does not fit, or has images of another size. A run that --patience has stopped is
-        at its end.
+        UsageError if the checkpoint does not fit, or has images of another size. What a killed process left of a file
+        that it was writing is removed.
         """
         args, saved, parts = self.args, self.checkpoint, {"model": net, "optimizer": optimizer}
         parts |= {"scaler": self.run.scaler, "ema": ema, "plateau": plan.plateau}
-        self.parts, self.metadata = parts, metadata
+        self.parts, self.metadata, self._plan = parts, metadata, plan
+        if self.writes and self.run.is_main:
+            for path in [path for pattern in UNFINISHED for path in self.path.glob(pattern)]:
+                path.unlink()
+            remove_old_copies(self.path, args.keep)
         if saved:
             if not args.eval_only:
                 checkpoint.check_sizes(saved, metadata)
@@ -107,7 +116,11 @@ class RunFolder:
             self._print_resumed(saved, optimizer)
             if not args.eval_only:
                 self._continue_best(saved)
-                plan.stop_if_stale(self.progress, self.run.print)
+                self._saved_step, self._log_state = self.progress.step, saved.get("log", {})
+                if plan.is_stale(self.progress):
+                    self.run.print(
+                        f"  --patience {args.patience} has stopped this run; to train on, give a larger one, or 0"
+                    )
             self.checkpoint = None  # free its tensors
         if args.eval_only and self.run.is_main:
             self.fingerprint = checkpoint.fingerprint({"model": net})
@@ -123,6 +136,8 @@ class RunFolder:
         not_compared = NOT_TAKEN if args.eval_only else checkpoint.NOT_COMPARED
         for line in checkpoint.changed_flags(saved["flags"], vars(args), not_compared):
             self.run.print(f"  changed: {line}")
+        if saved["validation_due"] and not args.eval_only:
+            self.run.print(f"  the validation of step {saved['step']} was interrupted, and comes first")
 
     def _continue_best(self, saved):
         """Forget the best validation if it is of another metric, or if a flag has changed that this metric depends on.
@@ -143,30 +158,68 @@ class RunFolder:
         """The log of the run; train_set.image_path(image_id) is the file of a training image. Every process calls
         this."""
         with self.run.raise_in_all():
-            return Logger(
+            self._logger = Logger(
                 self.path,
                 self.run,
                 plan.total_steps,
                 first_step=self.progress.step,
+                state=self._log_state,
+                validates=self.progress.validation_due,
                 batch_size=self.args.batch_size,
                 flags=vars(self.args),
                 image_path=train_set.image_path,
+                remedy=lambda step: self._remedy(step == self._saved_step + 1),  # its loss is that of last.pt
                 enabled=self.writes,
             )
+        return self._logger
 
-    def save(self, copies: Sequence[str] = ()) -> None:
-        """Save a checkpoint as last.pt, under the names `copies`, and after the best validation so far as best.pt."""
+    def save(self) -> None:
+        """Save a checkpoint as last.pt. If a validation is due after it, no more: the save after that one also has the
+        numbered copies, and best.pt if it was the best so far.
+
+        Every process calls this, and all raise the UserError if it cannot be written, or if weights, statistics,
+        averages or the state of the optimizer are not finite. The checkpoints are then those of before.
+        """
         with self.run.raise_in_all():
             if self.writes and self.run.is_main:
-                self.lock.check()
-                if self.progress.best is not None and self.progress.best_step == self.progress.step:
-                    copies = [BEST, *copies]
-                contents = {**self.parts, **self.metadata, "flags": vars(self.args), **vars(self.progress)}
-                contents["monitor"] = self.monitor
-                save(self.path, contents, copies, self.args.keep)
+                self._save()
+        self._saved_step = self.progress.step
+
+    def _save(self):
+        self.lock.check()
+        progress, step = self.progress, self.progress.step
+        name = finite.first_nonfinite({part: self.parts[part].state_dict() for part in ("model", "ema", "optimizer")})
+        if name:
+            raise UsageError(f"{name} is not finite after step {step}, which is not saved; {self._remedy(False)}")
+        copies = [] if progress.validation_due else self._plan.copies(step)
+        if progress.best is not None and progress.best_step == step:
+            copies = [BEST, *copies]
+        if self._logger:
+            self._logger.flush()  # before the checkpoint that counts these steps as done
+            self._log_state = self._logger.state_dict()
+        contents = {**self.parts, **self.metadata, "flags": vars(self.args), **vars(progress)}
+        contents |= {"monitor": self.monitor, "log": self._log_state}
+        save(self.path, contents, copies, self.args.keep, self._saved_step == step)
+
+    def _remedy(self, last_is_spoiled):
+        """How to go on after a loss or the weights were not finite. A last.pt that gives such a loss is replaced by
+        previous.pt."""
+        lower, last, previous = f"a lower --lr, such as {self.args.lr / 10:g}", self.path / LAST, self.path / PREVIOUS
+        if not (self.writes and newest_first(self.path)):
+            return f"there is no checkpoint yet: start again with {lower}"
+        if not last_is_spoiled:
+            again = f"; if that fails again, with --resume {previous}" if previous.is_file() else ""
+            return f"continue from step {self._saved_step} with --resume auto and {lower}{again}"
+        if not previous.is_file():
+            return f"{LAST} leads to it and is the only checkpoint: start again with --overwrite and {lower}"
+        if self.run.is_main:
+            last.replace(self.path / DIVERGED)
+            files.link_or_copy(previous, last)
+        return f"{LAST} led to it and is now {DIVERGED}: continue from the one before with --resume auto and {lower}"
 
     def save_weights(self, net: nn.Module) -> None:
-        """Write backbone.pt: the weights of `net`, metadata and flags, for other training runs to start from."""
+        """Write backbone.pt: the weights of `net`, metadata and flags, for other training runs to start from. Every
+        process calls this."""
         with self.run.raise_in_all():
             if self.writes and self.run.is_main:
                 try:
@@ -233,11 +286,14 @@ class RunFolder:
         return metrics
 
 
-def save(folder: Path, contents: Mapping[str, Any], copies: Sequence[str] = (), keep: int = 0) -> None:
+def save(
+    folder: Path, contents: Mapping[str, Any], copies: Sequence[str] = (), keep: int = 0, again: bool = False
+) -> None:
     """Write FOLDER/last.pt (see checkpoint.write); the last.pt before it becomes previous.pt. For one process only.
 
     copies   further names for it
     keep     how many numbered copies of each kind remain, the newest; 0: all
+    again    last.pt is of the same step already: previous.pt stays, which is of an earlier one
 
     If the process is killed at any moment, the folder has a whole last.pt, old or new. WriteError if it cannot be
     written.
@@ -247,16 +303,21 @@ def save(folder: Path, contents: Mapping[str, Any], copies: Sequence[str] = (), 
         checkpoint.write(new, contents)
         for name in copies:  # before last.pt: its progress says that best.pt exists
             files.link_or_copy(new, folder / name)
-        if last.exists():
+        if last.exists() and not again:
             files.link_or_copy(last, folder / PREVIOUS)  # a second name, so that last.pt exists at every moment
         new.replace(last)
-        for pattern in NUMBERED if keep else ():
-            for old in sorted(folder.glob(pattern), key=_number_of)[:-keep]:
-                old.unlink()
+        remove_old_copies(folder, keep)
         files.sync_folder(folder)
     except OSError as error:
         files.remove(new)
         raise WriteError(last, error, CONTINUE) from error
+
+
+def remove_old_copies(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` numbered copies of each kind; 0: none."""
+    for pattern in NUMBERED if keep else ():
+        for old in sorted(folder.glob(pattern), key=_number_of)[:-keep]:
+            old.unlink()
 
 
 def open_run(run: Run, folder: Path, resume: str = "", overwrite: bool = False, read_only: bool = False) -> dict | None:

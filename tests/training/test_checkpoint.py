@@ -54,12 +54,26 @@ def refusal(saved, parts):
 
 def test_progress_counts_validations_since_the_best():
     progress, results = Progress(), []
-    for step, value in enumerate([math.nan, 0.2, 0.2, 0.1, torch.tensor(0.5), math.nan], start=1):
-        progress.step = step
+    for step, value in enumerate([math.nan, 0.2, 0.2, 0.1, torch.tensor(0.5), math.nan, math.inf], start=1):
+        progress.step, progress.validation_due = step, True
         results.append(progress.record(value, higher_is_better=True))
-    assert results == [False, True, False, False, True, False]
-    assert (progress.best, progress.best_step, progress.stale) == (0.5, 5, 1)
+        assert not progress.validation_due
+    assert results == [False, True, False, False, True, False, False]
+    assert (progress.best, progress.best_step, progress.stale) == (0.5, 5, 2)
     assert progress.record(0.4, higher_is_better=False)
+
+
+def test_an_infinite_loss_is_never_the_best():
+    progress = Progress()
+    assert not progress.record(math.inf, higher_is_better=False)
+    assert progress.best is None
+
+
+def test_a_checkpoint_from_before_interrupted_validations_were_known_has_none(folder):
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    del saved["validation_due"]
+    torch.save(saved, folder / "old.pt")
+    assert checkpoint.restore(checkpoint.read(folder / "old.pt"), small_run.parts()[1]).validation_due is False
 
 
 @pytest.mark.filterwarnings("ignore:.*slow:UserWarning")
@@ -89,7 +103,7 @@ def test_resume_is_exact_to_the_bit(tmp_path, optimizer, precision):
 
 def test_a_checkpoint_is_a_flat_dict_of_plain_values(folder):
     saved = torch.load(folder / "last.pt", weights_only=True)
-    fields = {"step", "epoch", "best", "best_step", "stale"}
+    fields = {"step", "epoch", "best", "best_step", "stale", "validation_due"}
     assert set(saved) == {"format_version", "model", "optimizer", "scaler", "ema", "flags", "checksum"} | fields
     assert saved["flags"]["out"] == "runs/x"
     assert saved["best"] == 1 / 3 + 4 / 7

@@ -96,6 +96,81 @@ def test_a_resumed_run_logs_each_step_once(tmp_path, run):
     assert [event.step for event in events(tmp_path).Scalars("train/loss")] == [2, 4, 6, 8, 10]
 
 
+def validated_run(folder, run, optimizer, steps, state=None, validates=False, save=None):
+    """Log losses and validations of `steps`; `save` is called with the state of the log between the two."""
+    first_step = steps[0] if validates else steps[0] - 1
+    with Logger(folder, run, 10, first_step, state, validates) as log:
+        for step in steps:
+            if not (validates and step == first_step):
+                log.add(step, terms(box=step, cls=1), [0])
+                log.log_losses(step, optimizer, running=3)
+            if save:
+                log.flush()
+                save(step, log.state_dict())
+            image = torch.full((3, 4, 5), step, dtype=torch.uint8)
+            log.log_validation(step, {"AP": step / 8}, [Evaluator()], [("images", image)])
+
+
+def logged(folder):
+    """All that a run has logged but speeds: lines, and what TensorBoard has under each tag."""
+    kept = [{tag: value for tag, value in line.items() if not tag.startswith("speed")} for line in lines(folder)]
+    board = events(folder)
+    tags = board.Tags()
+    read = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in tags["scalars"] if "speed" not in tag}
+    read |= {tag: [(e.step, e.encoded_image_string) for e in board.Images(tag)] for tag in tags["images"]}
+    curves = [tag for tag in tags["tensors"] if "PR" in tag]
+    return kept, read | {tag: [(e.step, str(e.tensor_proto)) for e in board.Tensors(tag)] for tag in curves}
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_validation_that_was_interrupted_after_its_log_is_logged_once(tmp_path, run, optimizer, step):
+    """With its losses, which came before it, and the running loss goes on."""
+    states = {}
+    validated_run(tmp_path / "whole", run, optimizer, [1, 2, 3])
+    validated_run(tmp_path / "killed", run, optimizer, [1, 2][:step], save=states.__setitem__)
+    validated_run(tmp_path / "killed", run, optimizer, [1, 2, 3][step - 1 :], states[step], validates=True)
+    whole, killed = logged(tmp_path / "whole"), logged(tmp_path / "killed")
+    assert killed == whole
+    assert len(whole[0]) == 6 and len(whole[1]["val/PR/cell"]) == 3
+
+
+@pytest.mark.parametrize("cut", [1, 5, 11, 12, 40])
+def test_tensorboard_files_cut_short_by_a_kill_are_continued(tmp_path, run, cut):
+    run_to(tmp_path, run, 0, 8)
+    (file,) = tmp_path.glob("events*")
+    file.write_bytes(file.read_bytes()[:-cut])
+    run_to(tmp_path, run, 4, 10)
+    assert [event.step for event in events(tmp_path).Scalars("train/loss")] == [2, 4, 6, 8, 10]
+
+
+def test_what_is_flushed_is_on_the_disk(tmp_path, run):
+    with Logger(tmp_path, run, total_steps=1) as log:
+        log.log(1, {"train/loss": 1.0})
+        log.flush()
+        assert [event.value for event in events(tmp_path).Scalars("train/loss")] == [1.0]
+
+
+def test_the_end_of_the_log_ends_the_loader(tmp_path, run):
+    ended = []
+
+    def loader():
+        try:
+            yield from range(3)
+        finally:
+            ended.append(True)
+
+    with Logger(tmp_path, run, total_steps=3, enabled=False) as log:
+        assert next(log.steps(loader())) == 0
+    assert ended
+
+
+def test_a_validation_loss_that_is_not_finite_is_printed(tmp_path, run, capsys):
+    with Logger(tmp_path, run, total_steps=3, flags={"log_level": "warning"}) as log:
+        log.log_validation(2, {"loss": math.inf, "AP_small": math.nan})
+    printed = capsys.readouterr().out
+    assert printed.startswith("WARNING: val/loss is inf at step 2: ") and len(printed.splitlines()) == 1
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_leaves_no_lines(tmp_path, run):
     run_to(tmp_path, run, 0, 4)
     run_to(tmp_path, run, 0, 2)
@@ -193,9 +268,11 @@ def test_the_running_loss_is_the_mean_over_the_latest_steps(tmp_path, run, optim
 
 
 def test_a_non_finite_loss_is_reported_with_its_files(tmp_path, run, optimizer):
-    with Logger(tmp_path, run, total_steps=1, image_path="data/{}.jpg".format) as log:
+    image_path, remedy = "data/{}.jpg".format, "after step {} do this".format
+    with Logger(tmp_path, run, total_steps=1, image_path=image_path, remedy=remedy) as log:
         log.add(2, terms(box=math.nan, cls=math.inf), [7, 8])
-        with pytest.raises(NonFiniteLoss, match=r"step 2: box nan, cls inf; images data/7\.jpg, data/8\.jpg"):
+        message = r"step 2: box nan, cls inf; images data/7\.jpg, data/8\.jpg; after step 2 do this$"
+        with pytest.raises(NonFiniteLoss, match=message):
             log.log_losses(2, optimizer)
     report = json.loads((tmp_path / "nan_report.json").read_text())
     paths, losses = ["data/7.jpg", "data/8.jpg"], {"box": "nan", "cls": "inf"}

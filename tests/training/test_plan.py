@@ -74,8 +74,8 @@ def test_stop_is_due_at_the_last_step_alone():
 
 def test_copies_are_kept_at_their_interval():
     words = "--epochs 4 --save-every-epochs 2 --save-epochs 1,4 --save-every-steps 10"
-    planned, progress = plan(words), Progress()
-    copies = {step: planned.advance(progress).copies for step in range(1, 21)}
+    planned = plan(words)
+    copies = {step: planned.copies(step) for step in range(1, 21)}
     assert {step: names for step, names in copies.items() if names} == {
         5: ["epoch_001.pt"],
         10: ["epoch_002.pt", "step_000010.pt"],
@@ -83,10 +83,35 @@ def test_copies_are_kept_at_their_interval():
     }
 
 
-def test_a_signal_saves_and_stops_without_validation():
+def test_a_signal_saves_and_stops_and_leaves_the_validation_to_the_next_run():
     planned, progress = plan("--epochs 1 --validation-steps 1"), Progress()
     due = planned.advance(progress, stopping=True)
     assert (due.log, due.validate, due.save, due.stop) == (True, False, True, True)
+    assert progress.validation_due
+    due = planned.start(progress)
+    assert (due.validate, due.stop) == (True, False)
+
+
+def test_a_run_that_was_stopped_between_validations_goes_on_without_one():
+    planned, progress = plan("--epochs 1 --validation-steps 2"), Progress()
+    planned.advance(progress, stopping=True)
+    assert not progress.validation_due
+    due = planned.start(progress)
+    assert (due.validate, due.stop) == (False, False)
+
+
+@pytest.mark.parametrize("validation_due", [True, False])
+def test_at_the_end_of_a_run_only_an_interrupted_validation_is_left(validation_due):
+    due = plan("--epochs 1").start(Progress(step=5, validation_due=validation_due))
+    assert (due.validate, due.save, due.stop) == (validation_due, False, True)
+    preflight = plan("--epochs 1 --preflight").start(Progress(step=5, validation_due=validation_due))
+    assert (preflight.validate, preflight.stop) == (False, False)
+
+
+def test_patience_counts_validations_since_the_best():
+    assert [plan("--patience 2").is_stale(Progress(stale=stale)) for stale in (1, 2, 3)] == [False, True, True]
+    assert not plan("").is_stale(Progress(stale=9))
+    assert not plan("--patience 2 --preflight").is_stale(Progress(stale=2))
 
 
 def test_due_counts_the_steps_since_losses_were_logged():

@@ -16,6 +16,7 @@ import torch
 from tests.training import small_run
 from training import checkpoint, distributed, run_folder
 from training.checkpoint import Progress
+from training.meter import NonFiniteLoss
 from training.plan import Plan
 from training.run_folder import RunFolder
 from training.signals import StopSignals
@@ -116,14 +117,25 @@ def test_a_kill_between_any_two_steps_of_a_save(folder, run, monkeypatch, call):
             pass
         else:
             assert call == 9, "a save has nine calls that a kill can separate"
-    saved = run_folder.open_run(run, folder, "auto")
-    assert saved["step"] in (4, 6)
-    assert Path(saved["file"]).name == "last.pt"
-    assert saved["step"] == 4 or read_step(folder / "best.pt") == 6, "progress would claim a best.pt that is not there"
+    (folder / "notes.tmp").touch()  # a file of the user's
+    resumed, _ = opened(folder, run, "--resume")
+    step = resumed.progress.step
+    assert step in (4, 6) and read_step(folder / "last.pt") == step
+    assert step == 4 or read_step(folder / "best.pt") == 6, "progress would claim a best.pt that is not there"
     assert read_step(folder / "previous.pt") in (2, 4)
-    save(folder, 7)
+    left = {path.name for path in folder.iterdir()} - {"last.pt", "previous.pt", "best.pt", "notes.tmp"}
+    assert not left, "leftovers of the killed save"
+    resumed.progress.step = 7
+    resumed.save()
     assert read_step(folder / "last.pt") == 7
-    assert read_step(folder / "previous.pt") == saved["step"]
+    assert read_step(folder / "previous.pt") == step
+
+
+def test_numbered_copies_that_a_killed_save_left_are_removed(folder, run):
+    for step in (8, 9, 10):
+        save(folder, step, copies=[f"step_{step:06d}.pt"])
+    opened(folder, run, "--resume --keep 2")
+    assert sorted(path.name for path in folder.glob("step_*.pt")) == ["step_000009.pt", "step_000010.pt"]
 
 
 def test_a_full_disk_is_reported_and_leaves_the_old_checkpoint(folder, monkeypatch):
@@ -282,7 +294,7 @@ def test_a_run_is_saved_and_resumed(tmp_path, run, capsys):
     first, _ = opened(tmp_path, run)
     assert (first.checkpoint, first.classes, first.progress) == (None, None, Progress())
     first.progress.step, first.progress.epoch = 7, 2
-    first.save(["epoch_002.pt"])
+    first.save()
     assert not (tmp_path / "best.pt").exists()
     first.progress.record(0.5, higher_is_better=True)
     first.save()
@@ -299,6 +311,95 @@ def test_a_run_is_saved_and_resumed(tmp_path, run, capsys):
     assert printed == f"resumed epoch 2 step 8 lr 1.0e-01 from {tmp_path / 'last.pt'}\n  changed: epochs: 30 -> 60\n"
     opened(tmp_path / "x", run, f"--resume {tmp_path} --eval-only")
     assert f"step 8 averaged weights from {tmp_path / 'last.pt'}" in capsys.readouterr().out
+
+
+def test_a_step_is_saved_before_and_after_its_validation(tmp_path, run, capsys):
+    """previous.pt stays that of an earlier step; the numbered copies and best.pt come with the second."""
+    folder, _ = opened(tmp_path, run, "--save-every-steps 2")
+    folder.progress.step = 2
+    folder.save()
+    folder.progress.step, folder.progress.validation_due = 4, True
+    folder.save()
+    assert (read_step(tmp_path / "last.pt"), read_step(tmp_path / "previous.pt")) == (4, 2)
+    assert not (tmp_path / "step_000004.pt").exists()
+
+    capsys.readouterr()
+    resumed, _ = opened(tmp_path, run, "--resume --save-every-steps 2")
+    assert "the validation of step 4 was interrupted, and comes first" in capsys.readouterr().out
+    assert resumed.progress.validation_due
+    for continued in (resumed, folder):
+        continued.progress.record(0.5, higher_is_better=True)
+        continued.save()
+        names = ["last.pt", "previous.pt", "best.pt", "step_000004.pt"]
+        assert [read_step(tmp_path / name) for name in names] == [4, 2, 4, 4]
+        assert not checkpoint.read(tmp_path / "last.pt")["validation_due"]
+
+
+def spoil(parts, name):
+    net, optimizer = parts["model"], parts["optimizer"]
+    if name == "optimizer":
+        optimizer.state[net[0].weight]["momentum_buffer"] = torch.full_like(net[0].weight, math.inf)
+    elif name == "ema":
+        parts["ema"].averages["0.bias"][0] = math.nan
+    else:
+        net.state_dict()[name.removeprefix("model.")].view(-1)[0] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("model.5.weight", "model.5.weight"),
+        ("model.1.running_var", "model.1.running_var"),
+        ("ema", "ema.model.0.bias"),
+        ("optimizer", "optimizer.state.0.momentum_buffer"),
+    ],
+)
+def test_what_is_not_finite_is_not_saved(tmp_path, run, part, name):
+    folder, parts = opened(tmp_path, run, "--save-every-steps 1 --lr 0.5")
+    for step in (1, 2):
+        folder.progress.step = step
+        folder.save()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    folder.progress.step = 3
+    spoil(parts, part)
+    remedy = "continue from step 2 with --resume auto and a lower --lr, such as 0.05; if that fails again, with "
+    remedy += f"--resume {tmp_path / 'previous.pt'}"
+    with pytest.raises(UsageError, match=f"^{name} is not finite after step 3, which is not saved; {remedy}$"):
+        folder.save()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_after_a_loss_that_is_not_finite_the_checkpoint_to_go_on_from_is_named(tmp_path, run):
+    folder, parts = opened(tmp_path, run, "--lr 0.5")
+    nan, such_as = {"loss": torch.tensor(math.nan)}, "a lower --lr, such as 0.05"
+
+    def after(step, remedy):
+        with folder.logger(Plan(folder.args, 10), TRAIN_SET) as log:
+            log.add(step, nan, [0])
+            with pytest.raises(NonFiniteLoss, match=f"; {remedy} {such_as}"):
+                log.log_losses(step, parts["optimizer"])
+
+    after(1, "there is no checkpoint yet: start again with")
+    folder.progress.step = 3
+    folder.save()
+    after(5, "continue from step 3 with --resume auto and")
+    after(4, "last.pt leads to it and is the only checkpoint: start again with --overwrite and")
+    folder.progress.step = 4
+    folder.save()
+    after(6, "continue from step 4 with --resume auto and")
+    assert (read_step(tmp_path / "last.pt"), read_step(tmp_path / "previous.pt")) == (4, 3)
+    after(5, "last.pt led to it and is now diverged.pt: continue from the one before with --resume auto and")
+    assert (read_step(tmp_path / "last.pt"), read_step(tmp_path / "diverged.pt")) == (3, 4)
+
+
+def test_what_one_process_cannot_save_ends_all(tmp_path, run, monkeypatch):
+    """With its error. The others write nothing, and would wait for it."""
+    folder, parts = opened(tmp_path / "new", dataclasses.replace(run, rank=1))
+    folder.run = dataclasses.replace(folder.run, world_size=2)
+    monkeypatch.setattr(distributed.Run, "gather", lambda run, value: [("host", "last.pt: not written: full"), value])
+    for write in (folder.save, lambda: folder.save_weights(parts["model"])):
+        with pytest.raises(UsageError, match=r"last\.pt: not written: full"):
+            write()
 
 
 def test_weights_are_saved_alone_with_the_metadata(tmp_path, run):
@@ -446,23 +547,15 @@ def test_a_changed_flag_that_the_monitor_depends_on_starts_the_best_anew(tmp_pat
 
 
 def test_a_run_that_patience_has_stopped_stays_so(tmp_path, run, capsys):
-    def steps_left(words):
-        folder, (_, parts, _) = (
-            RunFolder(small_run.flags(f"--model-dir {tmp_path} {words}"), run, "AP"),
-            small_run.parts(),
-        )
-        plan = Plan(folder.args, 10, lambda line: None)
-        folder.restore(parts["model"], parts["optimizer"], parts["ema"], plan, {"classes": ["a"]})
-        return plan.total_steps - folder.progress.step
-
     stopped, _ = opened(tmp_path, run, "--patience 2")
     stopped.progress.step = 4
     for value in (0.5, 0.4, 0.3):
         stopped.progress.record(value, higher_is_better=True)
     stopped.save()
-    assert steps_left("--resume --steps 10 --patience 2") == 0
-    assert "--patience 2 has stopped this run" in capsys.readouterr().out
-    assert steps_left("--resume --steps 10 --patience 3") == steps_left("--resume --steps 10") == 6
+    for words, stopped in (("--patience 2", True), ("--patience 3", False), ("", False)):
+        capsys.readouterr()
+        opened(tmp_path, run, f"--resume --steps 10 {words}")
+        assert ("--patience 2 has stopped this run" in capsys.readouterr().out) is stopped
 
 
 def test_the_end_of_training_prints_the_best_validation(tmp_path, run, capsys):
