@@ -164,6 +164,7 @@ def _check_records(path, file):
     except UNREADABLE:
         damaged = "the end of the file"
     if damaged:
+        damaged = damaged[:MAX_NAME].encode("unicode_escape").decode()  # names of records can be anything
         raise WeightsError(f"{path}: truncated or damaged at {damaged}, {size} bytes; {checkpoints_nearby(path)}")
 
 
@@ -182,7 +183,7 @@ def _ambiguous(archive, file, size):
         name = record.filename.lower()  # torch's reader does not distinguish case
         compressed = record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
         if name in names or compressed or record.flag_bits & 1:
-            return record.filename[:MAX_NAME].encode("unicode_escape").decode()
+            return record.filename
         names.add(name)
     return "" if sum(record.file_size for record in records) < size else "the list of its records"
 

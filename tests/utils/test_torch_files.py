@@ -176,6 +176,15 @@ def test_bytes_around_a_zip_file_are_refused(tmp_path, join):
         torch_files.read(tmp_path / "x.pt")
 
 
+def test_the_name_of_a_damaged_record_stays_in_one_line(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("two\nlines", b"content")
+    path = tmp_path / "x.pt"
+    path.write_bytes(path.read_bytes().replace(b"content", b"CONTENT", 1))
+    with pytest.raises(WeightsError, match=r"^.*damaged at two\\nlines, .*$"):
+        torch_files.read(path)
+
+
 def many():
     """10**30 values in a few bytes of pickle."""
     values = [1]
