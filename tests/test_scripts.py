@@ -369,7 +369,7 @@ def test_a_run_that_blows_up_leaves_a_checkpoint_from_which_a_lower_rate_goes_on
     before = saved()
     assert (before["last.pt"], before["previous.pt"], before["step_000002.pt"]) == (2, 1, 2)
     with pytest.raises(UsageError, match=r"is not finite after step 3, .* step 2 with --resume auto .* such as 3\.4e"):
-        run(4, "--resume", "auto", "--lr", 3.4e38)
+        run(4, "--resume", "auto", "--lr", 3.4e38, "--weight-decay", 1e3)
     assert saved() == before
     with pytest.raises(NonFiniteLoss, match=r"last\.pt led to it .* continue from the one before with --resume auto "):
         run(4, "--resume", "auto", "--lr", 1e30)  # the weights of step 3 are finite, the loss with them is not
