@@ -67,7 +67,7 @@ def cells_in_boxes(boxes, map_index, num_maps, size):
 
 
 @torch.no_grad()
-def topk_peaks(hm, count=100, suppress=True):
+def topk_peaks(hm, count, suppress=True):
     """The `count` highest values of each image, over classes and cells, highest first.
 
     hm        [B,K,h,w] after the sigmoid, 0 to 1
