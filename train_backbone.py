@@ -162,9 +162,8 @@ def main(argv=None):
         metrics, evaluators, _ = validate(val_loader)
         return run_folder.report(metrics, evaluators)
     balance = train_set.balance_weights() if args.balance_data else None
-    sampler = loader.StepSampler(
-        len(train_set), args.batch_size, plan.total_steps, args.seed, progress.step, process, balance
-    )
+    steps = len(train_set), args.batch_size, plan.total_steps, args.seed, progress.step
+    sampler = loader.StepSampler(*steps, process, balance)
     train_loader = loader.train_loader(train_set, sampler, process, loader.collate_labels)
     if args.preflight:
         count = args.batch_size // run.world_size

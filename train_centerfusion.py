@@ -130,9 +130,8 @@ def main(argv=None):
     # data
     sweeps = nuscenes.RadarOptions(args.radar_sweeps * args.pointcloud, args.max_pc_dist, args.pc_z_offset)
     with run.main_first():  # it parses the tables, the others use what it keeps
-        train_set, val_set, errors = nuscenes.load(
-            args.data, radar=sweeps, seed=args.seed, print=run.print, **cli.nuscenes_options(args)
-        )
+        options = {"radar": sweeps, "seed": args.seed, "print": run.print, **cli.nuscenes_options(args)}
+        train_set, val_set, errors = nuscenes.load(args.data, **options)
     if args.check_data:
         run.close()
         return checks.check_data(train_set, val_set, errors, args.workers, run_folder.path) if run.is_main else {}
@@ -181,9 +180,8 @@ def main(argv=None):
         metrics, evaluators, _ = validate(val_loader, new_evaluator())
         return run_folder.report(metrics if val_set.annotated else {}, evaluators)
     balance = train_set.balance_weights() if args.balance_data else None
-    sampler = loader.StepSampler(
-        len(train_set), args.batch_size, plan.total_steps, args.seed, progress.step, process, balance
-    )
+    steps = len(train_set), args.batch_size, plan.total_steps, args.seed, progress.step
+    sampler = loader.StepSampler(*steps, process, balance)
     train_loader = loader.train_loader(train_set, sampler, process, train_collate)
     if args.preflight:
         largest = [dataset.most_objects(args.batch_size // run.world_size) for dataset in (train_set, val_set)]

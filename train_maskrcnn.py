@@ -177,10 +177,8 @@ def main(argv=None):
         metrics, evaluators, _ = validate(val_loader, val_set, new_evaluator())
         return run_folder.report(metrics, evaluators)
     balance = train_set.balance_weights() if args.balance_data else None
-    aspects = train_set.aspects()
-    sampler = loader.StepSampler(
-        len(train_set), args.batch_size, plan.total_steps, args.seed, progress.step, process, balance, aspects
-    )
+    steps = len(train_set), args.batch_size, plan.total_steps, args.seed, progress.step
+    sampler = loader.StepSampler(*steps, process, balance, train_set.aspects())
     train_loader = loader.train_loader(train_set, sampler, process, loader.PadCollate(32))
     if args.preflight:
         train_set.transform = val_set.transform = transforms.multiscale_eval(*size)
