@@ -526,7 +526,8 @@ def add_resize_arguments(parser: ArgumentParser, min_side: int, max_side: int) -
     arg = parser.add_argument_group("image size, augmentation").add_argument
     sides = "shortest side in pixels; of several, training draws one per image and validation takes the last"
     arg("--min-side", type=pixels, nargs="+", default=[min_side], metavar="PIXELS", help=sides)
-    arg("--max-side", type=pixels, default=max_side, metavar="PIXELS", help="maximum of the longest side")
+    limit = {"type": number(int, MIN_SIDE, max_=100_000), "default": max_side, "metavar": "PIXELS"}
+    arg("--max-side", help="maximum of the longest side", **limit)
     arg("--flip", type=probability, default=0.5, help="probability of a horizontal flip")
     jitter = "probability of each color change"
     arg("--color-jitter", "--colour", type=probability, default=0.0, help=jitter)

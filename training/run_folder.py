@@ -31,7 +31,7 @@ from training.run_lock import WAIT_SECONDS, RunLock
 from training.saved_flags import BEST, LAST, NOT_TAKEN, NUMBERED, PREVIOUS, newest_first
 from training.signals import StopSignals
 from utils import files, torch_files
-from utils.errors import UsageError, UserError, WriteError
+from utils.errors import UsageError, WeightsError, WriteError
 
 WEIGHTS = "backbone.pt"  # weights alone, see RunFolder.save_weights
 EVALUATION = "evaluation.json"  # in evaluation or evaluation_SPLIT, see RunFolder.report
@@ -411,7 +411,7 @@ def _newest(run, folder):
     for path in newest_first(folder):
         try:
             saved = checkpoint.read(path)
-        except UserError as error:
+        except WeightsError as error:
             damaged.append(path)
             reasons.append(str(error).split(";")[0])
             continue

@@ -123,7 +123,7 @@ def test_a_kill_between_any_two_steps_of_a_save(folder, run, monkeypatch, call):
     assert step in (4, 6) and read_step(folder / "last.pt") == step
     assert step == 4 or read_step(folder / "best.pt") == 6, "progress would claim a best.pt that is not there"
     assert read_step(folder / "previous.pt") in (2, 4)
-    left = {path.name for path in folder.iterdir()} - {"last.pt", "previous.pt", "best.pt", "notes.tmp"}
+    left = {path.name for path in folder.iterdir()} - {"last.pt", "previous.pt", "best.pt", "notes.tmp", "run.lock"}
     assert not left, "leftovers of the killed save"
     resumed.progress.step = 7
     resumed.save()
@@ -279,6 +279,14 @@ class Evaluator:
 
     def table(self):
         return "the table"
+
+
+def test_auto_does_not_pass_over_a_checkpoint_of_a_newer_version(folder, run):
+    """The program is too old for it; it is not damaged."""
+    torch.save({"format_version": 2, "step": 6}, folder / "last.pt")
+    with pytest.raises(UsageError, match=r"last.pt: format 2, this program knows 1; update it"):
+        run_folder.open_run(run, folder, "auto")
+    assert (folder / "last.pt").exists() and not (folder / "last.pt.damaged").exists()
 
 
 def opened(path, run, words="", monitor="AP"):
