@@ -189,8 +189,8 @@ def compare(whole, killed):
 
 
 def of_training(contents):
-    """A checkpoint without the flags and the measured speeds."""
-    kept = {name: value for name, value in contents.items() if name not in ("flags", "log")}
+    """A checkpoint without the flags and the measured speeds, and the checksum over them."""
+    kept = {name: value for name, value in contents.items() if name not in ("flags", "log", "checksum")}
     log = contents.get("log", {"recent": [], "losses": {}})
     return kept | {"recent": log["recent"], "losses": without_speed(log["losses"])}
 
