@@ -187,20 +187,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call `main()`; a UserError, or a data loading worker that was killed, becomes `error: ...` on stderr and exit
-    code 2."""
+    """Call `main()`; a UserError becomes `error: ...` on stderr and exit code 2. So do the loss of another process and
+    of a data loading worker."""
     try:
-        with connection.explain_loss():
+        with connection.explain_loss(), memory.explain_killed_worker():
             main()
     except UserError as error:
         if error.is_printed:
             print(f"error: {error}", file=sys.stderr)
-        connection.end(2)
-    except RuntimeError as error:
-        killed = memory.killed_worker(error)
-        if not killed:
-            raise
-        print(f"error: {killed}", file=sys.stderr)
         connection.end(2)
     except KeyboardInterrupt:  # in a program without utils.interrupts
         print("interrupted", file=sys.stderr)

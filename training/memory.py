@@ -94,15 +94,21 @@ def loader_warnings(
     return warnings
 
 
-def killed_worker(error: RuntimeError) -> str:
-    """If the error is that a worker of torch's DataLoader was killed: by which signal, and what to change; else ""."""
-    text = f"{error} {error.__cause__}"  # the cause names the signal, if the error does not
-    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly)", text)
-    if not found:
-        return ""
-    name = re.search(r"is killed by signal: ([^.]+)\.", text)
-    remedy = KILLED_WORKER.get(name and name[1], "see the messages above; --workers 0 uses none")
-    return f"a data loading worker, process {found[1]}, was ended{f' by {name[1]!r}' if name else ''}: {remedy}"
+@contextmanager
+def explain_killed_worker() -> Iterator[None]:
+    """Around a program: a UsageError in place of torch's RuntimeError if a data loading worker was killed. It names the
+    signal and what to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = f"{error} {error.__cause__}"  # the cause names the signal, if the error does not
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly)", text)
+        if not found:
+            raise
+        name = re.search(r"is killed by signal: ([^.]+)\.", text)
+        remedy = KILLED_WORKER.get(name and name[1], "see the messages above; --workers 0 uses none")
+        by = f" by {name[1]!r}" if name else ""
+        raise UsageError(f"a data loading worker, process {found[1]}, was ended{by}: {remedy}") from error
 
 
 def free_ram() -> int | None:

@@ -1,4 +1,3 @@
-import re
 import types
 
 import pytest
@@ -86,17 +85,23 @@ def test_free_ram_is_the_lesser_of_machine_and_container(monkeypatch, tmp_path):
         ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", r"--check-data --workers 0"),
         ("DataLoader worker (pid 7) is killed by signal: Terminated. ", r"by 'Terminated': .*--workers 0"),
         ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", r"process 7, 8, was ended: .*--workers 0"),
-        ("Caught RuntimeError in DataLoader worker process 0.", "^$"),
     ],
 )
 def test_the_hint_for_a_killed_worker_names_the_signal_and_the_flag(text, hint):
-    assert re.search(hint, memory.killed_worker(RuntimeError(text)))
+    with pytest.raises(UsageError, match=hint), memory.explain_killed_worker():
+        raise RuntimeError(text)
+
+
+def test_another_error_of_a_worker_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="Caught"), memory.explain_killed_worker():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
 
 
 def test_the_signal_of_a_killed_worker_may_be_in_the_cause():
-    error = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
-    error.__cause__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    assert "process 7, was ended by 'Killed': probably by the system" in memory.killed_worker(error)
+    cause = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    line = "process 7, was ended by 'Killed': probably by the system"
+    with pytest.raises(UsageError, match=line), memory.explain_killed_worker():
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from cause
 
 
 def test_advice_prints_warnings_and_the_memory_of_batches(monkeypatch, capsys):
