@@ -81,6 +81,15 @@ def train(name, data, out, workers):
     return [f"train_{name}.py", *flags, "--workers", workers, "--log-every", 1]
 
 
+def has_sigterm(process, mask):
+    """Whether SIGTERM is in a mask of a process: SigCgt, which it handles, or SigIgn, which it ignores."""
+    try:
+        found = re.search(rf"{mask}:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    except OSError:  # ended meanwhile
+        return False
+    return int(found[1], 16) >> (TERM - 1) & 1
+
+
 class Program:
     """A program in a session of its own, whose output goes to the file `log`."""
 
@@ -113,11 +122,7 @@ class Program:
     def wait_for_handlers(self):
         """Return when the program has begun: SIGTERM is among the signals that it handles."""
 
-        def handled():
-            mask = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{self.process.pid}/status").read_text())
-            return mask and int(mask[1], 16) >> (TERM - 1) & 1
-
-        self.wait(handled, "its first line")
+        self.wait(lambda: has_sigterm(self.process.pid, "SigCgt"), "its first line")
 
     def wait_for_output(self, pattern):
         self.wait(lambda: re.search(pattern, self.output()), pattern)
@@ -127,8 +132,8 @@ class Program:
 
         def started():
             children = [child for child, parent in self.session().items() if parent == self.process.pid]
-            self.worker = min(children, default=None)
-            return children
+            self.worker = next((child for child in children if has_sigterm(child, "SigIgn")), None)  # no other program
+            return self.worker
 
         self.wait(started, "the start of a worker")
 
