@@ -100,15 +100,17 @@ class RunFolder:
         metadata   plain values that describe the model, see models.describe
 
         UsageError if the checkpoint does not fit, or has images of another size. What a killed process left of a file
-        that it was writing is removed.
+        that it was writing is removed; WriteError if it cannot be.
         """
         args, saved, parts = self.args, self.checkpoint, {"model": net, "optimizer": optimizer}
         parts |= {"scaler": self.run.scaler, "ema": ema, "plateau": plan.plateau}
         self.parts, self.metadata, self._plan = parts, metadata, plan
-        if self.writes and self.run.is_main:
-            for path in [path for pattern in UNFINISHED for path in self.path.glob(pattern)]:
-                path.unlink()
-            remove_old_copies(self.path, args.keep)
+        with self.run.raise_in_all():
+            if self.writes and self.run.is_main:
+                for path in [path for pattern in UNFINISHED for path in self.path.glob(pattern)]:
+                    with files.writing(path):
+                        path.unlink()
+                remove_old_copies(self.path, args.keep)
         if saved:
             if not args.eval_only:
                 checkpoint.check_sizes(saved, metadata)

@@ -281,6 +281,12 @@ class Evaluator:
         return "the table"
 
 
+def test_a_folder_in_the_way_of_checkpoints_is_an_error_before_training(folder, run):
+    (folder / "new.pt").mkdir()
+    with pytest.raises(WriteError, match=r"new.pt: not written: .*; move away the file or folder that is in the way"):
+        opened(folder, run, "--resume auto")
+
+
 def test_auto_does_not_pass_over_a_checkpoint_of_a_newer_version(folder, run):
     """The program is too old for it; it is not damaged."""
     torch.save({"format_version": 2, "step": 6}, folder / "last.pt")
