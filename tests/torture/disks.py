@@ -160,7 +160,7 @@ def in_the_way(shared, folder, chance):
     for out in (folder / "file", folder / "file" / "run"):
         program = train(shared, out, folder / "a_file.log")
         program.fails_with(f"{out}: not written", "move away the file or folder that is in the way")
-    train(shared, folder / ("x" * 300), folder / "long.log").fails_with("choose a shorter name")
+    train(shared, folder / ("é" * 200), folder / "long.log").fails_with("choose a shorter name")
     with Disk(folder) as disk:
         disk.fill()
         train(shared, disk.path / "run", folder / "full.log").fails_with("No space left on device; free some")

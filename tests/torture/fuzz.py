@@ -1,6 +1,6 @@
 """Readers of files against damaged ones: what a reader gets is read or refused by one line, in bounded time and memory.
 
-Each case is one kind of file (TARGETS) with MUTATIONS seeded changes, see tests.torture.mutations. An exception other
+Each case is one kind of file (TARGETS) with MUTATIONS seeded changes, see tests.torture.mutated_files. An exception other
 than a UserError is an escape, and so are an error of several lines or with control characters, a reader that takes
 longer than MAX_SECONDS, and memory that grows. The changed files of escapes are kept as escape_NUMBER_NAME.
 """
@@ -33,7 +33,7 @@ from evaluation import prediction_files
 from ops import rle
 from tests.model_helpers import checkpoint
 from tests.small_nuscenes import SmallNuScenes
-from tests.torture.mutations import mutated
+from tests.torture.mutated_files import mutated
 from training import cli
 from training.logger import drop_later
 from utils import torch_files
