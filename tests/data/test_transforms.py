@@ -72,6 +72,15 @@ def test_a_region_is_resized_with_all_its_pixels():
     assert torch.equal(canvas, transform.fill.expand(3, 80, 120))
 
 
+def test_a_sliver_of_the_image_at_the_edge_of_a_region_keeps_a_row_or_a_column():
+    image, transform = noise(40, 60), ZoomOutIoUCrop((10, 10), fill=(1, 2, 3))
+    below = transform.resample(image, (-99, 0, 100, 60))
+    assert torch.equal(below[:, 9:], F.resize(image[:, :1], [1, 10], antialias=True))
+    assert torch.equal(below[:, :9], transform.fill.expand(3, 9, 10))
+    right = transform.resample(image, (0, -99, 40, 100))
+    assert torch.equal(right[:, :, 9:], F.resize(image[:, :, :1], [10, 1], antialias=True))
+
+
 def test_ssd_training_zooms_out_of_half_of_the_images():
     transform, image = transforms.ssd_train((40, 50), (BACKGROUND,) * 3, iou_crop=0, color=0), noise(80, 100)
     image[0] = 255
@@ -369,6 +378,11 @@ def test_color_changes_are_those_of_torchvision(name, factor, reference):
     adjusted = adjust_color(image, {name: factor}, contrast_first=True)
     torch.testing.assert_close(torch.Tensor(adjusted), torch.Tensor(reference(image, factor)), atol=2, rtol=0)
     assert not torch.equal(adjusted, image)
+
+
+def test_black_and_white_stay_what_they_are():
+    image = tv_tensors.Image(torch.tensor([0, 255], dtype=torch.uint8).expand(3, 1, 2))
+    assert torch.equal(adjust_color(image, {"saturation": 0.5, "hue": 0.1}, contrast_first=True), image)
 
 
 @pytest.mark.parametrize("contrast_first", [True, False])

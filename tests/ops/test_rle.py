@@ -59,6 +59,8 @@ INVALID = [  # segmentation of a 60 x 90 image, a part of the reason
     ({"size": [60, 90], "counts": ""}, "malformed"),
     ({"size": [60, 90], "counts": "oooooooooooo0"}, "malformed"),
     ({"size": [60, 90], "counts": "oooo"}, "malformed"),  # no number ends
+    ({"size": [60, 90], "counts": "0o"}, "malformed"),  # the last one does not
+    ({"size": [60, 90], "counts": "/0"}, "malformed"),  # a character below those of numbers
     ({"size": [60, 90], "counts": {}}, "no counts"),
 ]
 

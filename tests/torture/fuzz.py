@@ -1,8 +1,8 @@
 """Readers of files against damaged ones: what a reader gets is read or refused by one line, in bounded time and memory.
 
-Each case is one kind of file (TARGETS) with MUTATIONS seeded changes, see tests.torture.mutated_files. An exception other
-than a UserError is an escape, and so are an error of several lines or with control characters, a reader that takes
-longer than MAX_SECONDS, and memory that grows. The changed files of escapes are kept as escape_NUMBER_NAME.
+Each case is one kind of file (TARGETS) with MUTATIONS seeded changes, see tests.torture.mutated_files. An exception
+other than a UserError is an escape, and so are an error of several lines or with control characters, a reader that
+takes longer than MAX_SECONDS, and memory that grows. The changed files of escapes are kept as escape_NUMBER_NAME.
 """
 
 import gc

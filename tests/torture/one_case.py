@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import os
 import shutil
 import time
 import traceback
@@ -14,6 +15,8 @@ def run(name, number, seed, folder, keep, deadline):
         return None
     own, output = folder / f"case_{number:04d}", io.StringIO()
     own.mkdir()
+    with open(folder / f"stderr_{number:04d}", "wb") as log:
+        os.dup2(log.fileno(), 2)  # for what libraries in C print
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             importlib.import_module(f"tests.torture.{name}").case(number, seed, own)

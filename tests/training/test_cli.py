@@ -357,3 +357,8 @@ def test_hostile_recipes(parser, recipe, capsys, text, reason):
 def test_a_recipe_that_is_no_regular_file(parser, capsys, tmp_path):
     assert "Is a directory" in refusal(parser, ["--config", str(tmp_path)], capsys)
     assert "not a regular file" in refusal(parser, ["--config", "/dev/zero"], capsys)
+
+
+@pytest.mark.parametrize(("words", "value"), [(("true", "Yes", "ON", "1"), True), (("false", "No", "off", "0"), False)])
+def test_flags_that_spell_their_value_out(words, value):
+    assert all(cli.boolean(word) is value for word in words)

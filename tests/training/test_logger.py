@@ -347,6 +347,18 @@ def test_the_training_goes_on_without_tensorboard(tmp_path, run, capfd):
     assert threading.excepthook is hook
 
 
+def test_only_the_trace_of_tensorboards_thread_is_hidden(tmp_path, run, monkeypatch):
+    class _AsyncWriterThread:
+        pass
+
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    with Logger(tmp_path, run, total_steps=1):
+        for kind, thread in ((OSError, _AsyncWriterThread()), (ValueError, _AsyncWriterThread()), (OSError, object())):
+            threading.excepthook(threading.ExceptHookArgs((kind, kind(), None, thread)))
+    assert [failed.exc_type for failed in shown] == [ValueError, OSError]
+
+
 def test_tensorboard_that_cannot_begin(tmp_path, run, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -241,6 +241,7 @@ CATEGORY = '{"images": [], "annotations": [], "categories": [%s]}'
         ('{"images": [1], "annotations": [], "categories": []}', "images: not a list of JSON objects"),
         (CATEGORY % "", "categories: is empty"),
         (CATEGORY % '{"id": "1", "name": "a"}', "no integer id or no name"),
+        (CATEGORY % '{"id": 1, "name": " "}', "no integer id or no name"),
         (
             CATEGORY % '{"id": 1, "name": "a"}, {"id": 2, "name": "a "}',
             "categories: id 2 or name 'a' is repeated; keep one of each",

@@ -93,6 +93,17 @@ def test_fields_are_those_of_the_same_object(small, dataset):
     assert checked > 20
 
 
+def test_an_object_is_in_the_image_if_one_of_its_corners_is():
+    """As nuScenes' BoxVisibility.ANY: not if the camera only sees its middle."""
+    rotation = np.array([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])  # length along z, width along x, height along y
+    size = np.array([[40.0, 4, 40], [4, 4, 4]])  # w, l, h; corners of the first are 20 m to each side
+    intrinsic = np.array([[100.0, 0, 100], [0, 100, 50], [0, 0, 1]])
+    center, image_size = np.tile([0.0, 0, 10], (2, 1)), np.tile([100, 200], (2, 1))
+    many = (np.tile(each, (2, 1, 1)) for each in (rotation, intrinsic))
+    boxes, inside = dataset_module._project_boxes(center, next(many), size, next(many), image_size)
+    assert inside.tolist() == [False, True] and boxes[0].tolist() == [0, 0, 200, 100]
+
+
 def test_boxes_enclose_the_corners_of_level_objects(tmp_path):
     """With a level vehicle and level cameras, yaw alone describes the rotation of an object."""
     level = SmallNuScenes(tmp_path, scenes=("scene-0061",))

@@ -8,7 +8,7 @@ import torch
 from torchvision import tv_tensors
 
 from data import PER_OBJECT, check_target, loader, nuscenes
-from data.nuscenes import transforms
+from data.nuscenes import collate, transforms
 from data.nuscenes.transforms import HorizontalFlip, ShiftAndScale, flip_target
 from data.transforms import filter_objects
 from evaluation.nuscenes import to_submission, true_detections
@@ -231,6 +231,16 @@ def test_flipped_radar_gives_a_mirrored_radar_map(pair):
     different = ((flipped - expected).abs() > 1e-3).any(0)
     # round() puts the edge of a pillar into another column where it lies exactly between two
     assert different.sum() <= 2 and (radar_map[0] > 0).sum() > 20
+
+
+def test_mirror_images_of_a_batch_have_mirrored_targets(pair):
+    (target, flipped), received = pair, []
+    image = torch.zeros(3, 112, 200, dtype=torch.uint8)
+    collate.val([(image, target)], lambda targets: received.extend(targets) or {}, lambda _: {}, flip_test=True)
+    same, mirrored = received
+    torch.testing.assert_close(same["calib"], target["calib"])
+    torch.testing.assert_close(mirrored["calib"], flipped["calib"])
+    torch.testing.assert_close(mirrored["center"], flipped["center"])
 
 
 def test_flip_happens_with_its_probability():
