@@ -238,9 +238,9 @@ def test_mirror_images_of_a_batch_have_mirrored_targets(pair):
     image = torch.zeros(3, 112, 200, dtype=torch.uint8)
     collate.val([(image, target)], lambda targets: received.extend(targets) or {}, lambda _: {}, flip_test=True)
     same, mirrored = received
-    torch.testing.assert_close(same["calib"], target["calib"])
-    torch.testing.assert_close(mirrored["calib"], flipped["calib"])
-    torch.testing.assert_close(mirrored["center"], flipped["center"])
+    for name in ("calib", "affine", "amodal", "center"):
+        torch.testing.assert_close(same[name], target[name])
+        torch.testing.assert_close(mirrored[name], flipped[name])
 
 
 def test_flip_happens_with_its_probability():
