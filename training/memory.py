@@ -6,8 +6,10 @@ import platform
 import re
 import resource
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_sharer
 from pathlib import Path
 
 import torch
@@ -96,8 +98,8 @@ def loader_warnings(
 
 @contextmanager
 def explain_killed_worker() -> Iterator[None]:
-    """Around a program: a UsageError in place of torch's RuntimeError if a data loading worker was killed. It names the
-    signal and what to change."""
+    """Around a program: a UsageError in place of torch's error if a data loading worker was killed. It names the
+    signal, if that is known, and what to change."""
     try:
         yield
     except RuntimeError as error:
@@ -109,6 +111,11 @@ def explain_killed_worker() -> Iterator[None]:
         remedy = KILLED_WORKER.get(name and name[1], "see the messages above; --workers 0 uses none")
         by = f" by {name[1]!r}" if name else ""
         raise UsageError(f"a data loading worker, process {found[1]}, was ended{by}: {remedy}") from error
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        # killed while it sent a batch: torch asks whether it lives a moment too early, and raises this error again
+        if not any(frame.filename == resource_sharer.__file__ for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise UsageError(f"a data loading worker was ended while it sent a batch: {KILLED_WORKER['Killed']}") from error
 
 
 def free_ram() -> int | None:

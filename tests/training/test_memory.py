@@ -1,4 +1,5 @@
 import types
+from multiprocessing import connection, resource_sharer
 
 import pytest
 import torch
@@ -90,6 +91,19 @@ def test_free_ram_is_the_lesser_of_machine_and_container(monkeypatch, tmp_path):
 def test_the_hint_for_a_killed_worker_names_the_signal_and_the_flag(text, hint):
     with pytest.raises(UsageError, match=hint), memory.explain_killed_worker():
         raise RuntimeError(text)
+
+
+def test_a_worker_that_is_killed_while_it_sends_a_batch(monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    sent = resource_sharer.DupFd(0)  # as torch passes the memory of a batch on
+    monkeypatch.setattr(connection, "Client", refuse)
+    line = r"a data loading worker was ended while it sent a batch: .*fewer --workers"
+    with pytest.raises(UsageError, match=line), memory.explain_killed_worker():
+        sent.detach()
+    with pytest.raises(ConnectionRefusedError), memory.explain_killed_worker():
+        refuse()
 
 
 def test_another_error_of_a_worker_stays_what_it_is():
