@@ -3,6 +3,7 @@
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -218,3 +219,11 @@ def test_a_stream_that_breaks_off_is_reported(monkeypatch):
     errors = []
     monkeypatch.setattr(video_input, "read_frames", broken)
     assert len(list(video_input.read_images(["0"], 1, errors.append))) == 1 and len(errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("average", "guessed", "rate"),
+    [(Fraction(25), None, 25), (None, Fraction(30), 30), (None, None, None), (Fraction(90_000), None, None)],
+)
+def test_a_rate_that_no_video_has_is_unknown(average, guessed, rate):
+    assert video_input._rate(SimpleNamespace(average_rate=average, guessed_rate=guessed)) == rate

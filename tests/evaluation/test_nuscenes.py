@@ -141,6 +141,17 @@ def test_boxes_in_the_global_frame(scene):
         assert box["velocity"] == pytest.approx(item["speed"] * rotation_about_z(item["yaw"])[:2, 0], abs=1e-5)
 
 
+def test_the_rotation_of_a_result_turns_x_to_the_yaw():
+    """A quaternion w, x, y, z of unit length."""
+    boxes = np.zeros(3, nuscenes.BOX)
+    boxes["yaw"], boxes["size"] = (0, 0.5, -2.5), 1
+    for box, result in zip(boxes, nuscenes.as_results("t", boxes)):
+        w, x, y, z = result["rotation"]
+        assert (x, y, w * w + z * z) == (0, 0, pytest.approx(1))
+        turned = (w * w - z * z, 2 * w * z)  # of (1, 0)
+        assert turned == pytest.approx((math.cos(box["yaw"]), math.sin(box["yaw"])), abs=1e-6)
+
+
 def test_true_detections_leave_out_what_is_ignored():
     target = {"ignore": torch.tensor([False, True]), "velocity": torch.tensor([[math.nan] * 3, [1.0, 2, 3]])}
     target |= {name: torch.arange(2) for name in ("labels", "center", "dims", "yaw", "attribute", "boxes")}

@@ -72,6 +72,15 @@ def test_classes_of_published_files(count, names):
     assert pretrained.load(state).classes == names
 
 
+def test_frozen_batch_norms_with_an_epsilon_of_0_compute_the_same_with_ours():
+    state = {"bn.weight": torch.rand(4), "bn.running_mean": torch.rand(4), "bn.running_var": torch.rand(4) + 0.1}
+    ours = retinanet.with_norm_eps(state)
+    torch.testing.assert_close(ours["bn.running_var"] + 1e-5, state["bn.running_var"], rtol=1e-7, atol=0)
+    assert ours["bn.running_mean"] is state["bn.running_mean"]
+    trained = state | {"bn.num_batches_tracked": torch.tensor(3)}
+    assert retinanet.with_norm_eps(trained) == trained
+
+
 def test_published_files_load_strictly():
     state = build(["a"], anchors="torchvision").state_dict()
     for wrong, line in (
