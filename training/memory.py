@@ -101,7 +101,8 @@ def explain_killed_worker() -> Iterator[None]:
     """Around a program: a UsageError in place of torch's error if a data loading worker was killed. It names the
     signal, if that is known, and what to change."""
     try:
-        yield
+        with _explain_broken_batch():
+            yield
     except RuntimeError as error:
         text = f"{error} {error.__cause__}"  # the cause names the signal, if the error does not
         found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly)", text)
@@ -111,8 +112,15 @@ def explain_killed_worker() -> Iterator[None]:
         remedy = KILLED_WORKER.get(name and name[1], "see the messages above; --workers 0 uses none")
         by = f" by {name[1]!r}" if name else ""
         raise UsageError(f"a data loading worker, process {found[1]}, was ended{by}: {remedy}") from error
+
+
+@contextmanager
+def _explain_broken_batch():
+    """A worker killed while it sends a batch: torch asks whether it lives a moment too early, and raises the error of
+    the connection again. Meanwhile the signal that it has ended may come, for which torch raises its RuntimeError."""
+    try:
+        yield
     except (ConnectionError, EOFError, FileNotFoundError) as error:
-        # killed while it sent a batch: torch asks whether it lives a moment too early, and raises this error again
         if not any(frame.filename == resource_sharer.__file__ for frame in traceback.extract_tb(error.__traceback__)):
             raise
         raise UsageError(f"a data loading worker was ended while it sent a batch: {KILLED_WORKER['Killed']}") from error

@@ -105,6 +105,13 @@ def test_a_worker_that_is_killed_while_it_sends_a_batch(monkeypatch):
     with pytest.raises(ConnectionRefusedError), memory.explain_killed_worker():
         refuse()
 
+    def handler_of_torch(_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(memory.traceback, "extract_tb", handler_of_torch)
+    with pytest.raises(UsageError, match="process 7, was ended by 'Killed'"), memory.explain_killed_worker():
+        refuse()
+
 
 def test_another_error_of_a_worker_stays_what_it_is():
     with pytest.raises(RuntimeError, match="Caught"), memory.explain_killed_worker():
