@@ -22,7 +22,7 @@ class Board:
         self._files, self._print, self._writer = folder / "events.out.tfevents.*", print, None
         self._excepthook, threading.excepthook = threading.excepthook, self._print_trace
         try:
-            for path in folder.glob("events.out.tfevents.*"):
+            for path in folder.glob(self._files.name):
                 drop_later(path, last_step)
             self._writer = SummaryWriter(str(folder), purge_step=last_step + 1 if last_step else 0)
         except OSError as error:

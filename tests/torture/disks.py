@@ -90,6 +90,13 @@ def resumed(shared, folder, out, reference="reference", **options):
     check_equal(out, shared / reference)
 
 
+def stopped_run(shared, folder, out, chance, **options):
+    """A training that SIGSTOP holds after a random number of its lines in metrics.jsonl."""
+    run = train(shared, out, folder / "run.log", **options)
+    stop_after(run, out, chance.randint(1, 40))
+    return run
+
+
 def too_small(shared, folder, chance):
     with Disk(folder, chance.uniform(1, 22)) as disk:
         out = disk.path / "run"
@@ -101,8 +108,7 @@ def too_small(shared, folder, chance):
 def filled(shared, folder, chance):
     with Disk(folder) as disk:
         out = disk.path / "run"
-        run = train(shared, out, folder / "run.log")
-        stop_after(run, out, chance.randint(1, 40))
+        run = stopped_run(shared, folder, out, chance)
         disk.fill()
         run.send(signal.SIGCONT)
         run.fails_with(f"{out}/", "No space left on device; free some disk space, then continue with --resume auto")
@@ -114,8 +120,7 @@ def filled(shared, folder, chance):
 def read_only(shared, folder, chance):
     with Disk(folder) as disk:
         out = disk.path / "run"
-        run = train(shared, out, folder / "run.log")
-        stop_after(run, out, chance.randint(1, 40))
+        run = stopped_run(shared, folder, out, chance)
         disk.vanish()
         disk.back(read_only=True)
         run.send(signal.SIGCONT)
@@ -130,8 +135,7 @@ def read_only(shared, folder, chance):
 def unmounted(shared, folder, chance):
     with Disk(folder) as disk:
         out = disk.path / "run"
-        run = train(shared, out, folder / "run.log")
-        stop_after(run, out, chance.randint(1, 40))
+        run = stopped_run(shared, folder, out, chance)
         disk.vanish()
         run.send(signal.SIGCONT)
         run.fails_with(f"{out}: not written: the folder was removed or its disk unmounted during the run; mount the")
@@ -142,8 +146,7 @@ def unmounted(shared, folder, chance):
 
 def removed(shared, folder, chance):
     out = folder / "run"
-    run = train(shared, out, folder / "run.log")
-    stop_after(run, out, chance.randint(1, 40))
+    run = stopped_run(shared, folder, out, chance)
     shutil.rmtree(out)
     run.send(signal.SIGCONT)
     run.fails_with(f"{out}: not written: the folder was removed or its disk unmounted during the run")
@@ -171,8 +174,7 @@ def in_the_way(shared, folder, chance):
 
 def without_tensorboard(shared, folder, chance):
     out = folder / "run"
-    run = train(shared, out, folder / "run.log")
-    stop_after(run, out, chance.randint(1, 40))
+    run = stopped_run(shared, folder, out, chance)
     (events,) = out.glob("events.*")
     events.unlink()
     events.mkdir()
@@ -232,8 +234,7 @@ def other_programs(shared, folder, chance):
 def two_processes(shared, folder, chance):
     with Disk(folder) as disk:
         out = disk.path / "run"
-        run = train(shared, out, folder / "run.log", processes=2)
-        stop_after(run, out, chance.randint(1, 40))
+        run = stopped_run(shared, folder, out, chance, processes=2)
         disk.fill()
         run.send(signal.SIGCONT)
         assert run.wait() == 1, "torchrun's own exit code"

@@ -128,18 +128,18 @@ def radar(folder):
 
 def images(folder):
     pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
-    picture, exif, paths = Image.fromarray(pixels), Image.Exif(), []
+    image, exif, paths = Image.fromarray(pixels), Image.Exif(), []
     exif[0x0112] = 6
     for suffix, options in (
         *((".jpg", {"exif": exif}), (".png", {"exif": exif}), (".bmp", {}), (".webp", {}), (".tif", {})),
-        *((".gif", {"save_all": True, "append_images": [picture.rotate(9)]}), ("_z.tif", {"compression": "tiff_lzw"})),
+        *((".gif", {"save_all": True, "append_images": [image.rotate(9)]}), ("_z.tif", {"compression": "tiff_lzw"})),
     ):
         paths.append(folder / f"a{suffix}")
-        picture.save(paths[-1], **options)
+        image.save(paths[-1], **options)
     for name, mode in (("p.png", "P"), ("i.png", "I;16"), ("c.jpg", "CMYK"), ("l.tif", "1")):
-        image = Image.fromarray(pixels[..., 0].astype(np.uint16)) if mode == "I;16" else picture.convert(mode)
+        converted = Image.fromarray(pixels[..., 0].astype(np.uint16)) if mode == "I;16" else image.convert(mode)
         paths.append(folder / name)
-        image.save(paths[-1])
+        converted.save(paths[-1])
 
     def read(changed):
         image_size(changed)
